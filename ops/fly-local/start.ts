@@ -1,0 +1,332 @@
+/**
+ * A Fly.io on one Linux machine: unmodified relays, each in a network namespace of its own, with Fly.io's DNS and proxy.
+ *
+ *   bun run ops/fly-local/start.ts [--machines 5] [--regions fra,iad] [--port 8080]
+ *
+ * dns.ts and proxy.ts are what Fly.io does, network.ts is the wires, wire.ts the TCP under the proxy.
+ */
+import type { Subprocess } from "bun";
+import { parseArgs } from "node:util";
+import { startDns } from "./dns.ts";
+import { inNamespace, openNetwork, dnsAddress, whyNoNetwork } from "./network.ts";
+import { type Proxy, type ProxyEvent, startProxy } from "./proxy.ts";
+import { connect, formatHead } from "./wire.ts";
+
+export type FlyLocalOptions = {
+  /** How many machines; they get the regions in turn. At most 999. */
+  machines: number;
+  /** Fly.io's region codes. */
+  regions: string[];
+  /** The proxy's port on 127.0.0.1; 0 takes a free one. */
+  port: number;
+  /** More environment for every relay. */
+  env?: Record<string, string>;
+  onEvent?: (event: FlyEvent) => void;
+  /** What a relay prints, a line at a time. */
+  onLine?: (id: string, line: string) => void;
+};
+
+/** `exited` is told only of a relay that nobody stopped. */
+export type FlyEvent = ProxyEvent | { kind: "exited"; id: string; code: number };
+
+export type FlyMachine = {
+  id: string;
+  /** Fly.io's region code. */
+  region: string;
+  /** In fdaa::/16. */
+  address: string;
+  /** Whether the proxy routes to it, and DNS shows it if it is `listed`. */
+  started: boolean;
+  listed: boolean;
+  /** Whether its packets are dropped. */
+  silent: boolean;
+};
+
+/** All that take an id throw if no machine has it. */
+export type FlyLocal = AsyncDisposable & {
+  /** Where clients connect: http://127.0.0.1:PORT */
+  url: string;
+  machines: readonly Readonly<FlyMachine>[];
+  /** SIGTERM, and out of routing and DNS at once; resolves when the relay has exited. */
+  stop(id: string): Promise<void>;
+  /** SIGKILL, and nobody has noticed yet: routed to and in DNS, but connections are refused. */
+  crash(id: string): Promise<void>;
+  /** Drops the machine's packets: connections neither open nor fail. Routing and DNS don't notice. */
+  silence(id: string): void;
+  /** Takes a machine out of DNS; it runs and is routed to. */
+  unlist(id: string): void;
+  /** Undoes all of these; resolves when the relay answers. */
+  start(id: string): Promise<void>;
+  /** Lets DNS hang, or answer again. */
+  hangDns(hangs: boolean): void;
+  /** TCP connections that the machine has accepted since the network was made, those of the proxy too. */
+  accepted(id: string): number;
+};
+
+type Machine = FlyMachine & { netName: string; namespace: string; process: Subprocess | null };
+
+const app = "party-sockets";
+const relayPort = 8080;
+const startMs = 20_000; // twenty relays start at once on two cores
+const pollMs = 20;
+const root = `${import.meta.dir}/../..`;
+
+/**
+ * Starts a Fly.io of `machines` relays; resolves when all of them answer.
+ * @throws if namespaces can't be made (see `whyNoNetwork`), the port is taken, or a relay doesn't start
+ */
+export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal> {
+  const network = openNetwork();
+  const machines: Machine[] = [];
+  const inEdge = <T>(work: () => T): T => inNamespace(network.edge, work);
+  const dial: typeof connect = (...to) => inEdge(() => connect(...to));
+  const closers: (() => void)[] = [];
+  const close = (): void => {
+    process.off("exit", close);
+    for (const { process } of machines) process?.kill("SIGKILL");
+    for (const closer of closers.splice(0)) closer();
+    network.close();
+  };
+  process.on("exit", close);
+
+  async function launch(machine: Machine): Promise<void> {
+    const relay = Bun.spawn(
+      ["ip", "netns", "exec", machine.namespace, process.execPath, "run", "server.ts"],
+      {
+        cwd: root,
+        env: {
+          PATH: process.env.PATH ?? "",
+          PORT: `${relayPort}`,
+          FLY_APP_NAME: app,
+          FLY_REGION: machine.region,
+          FLY_MACHINE_ID: machine.id,
+          FLY_PRIVATE_IP: machine.address,
+          ...options.env,
+        },
+        stdio: ["ignore", "pipe", "pipe"],
+      },
+    );
+    machine.process = relay;
+    machine.started = true;
+    const printed: string[] = [];
+    for (const stream of [relay.stdout, relay.stderr]) {
+      void eachLine(stream, (line) => {
+        if (printed.length < 20) printed.push(line); // to tell why a start failed
+        options.onLine?.(machine.id, line);
+      });
+    }
+    void relay.exited.then((code) => {
+      machine.process = null;
+      if (!machine.started) return;
+      if (code === 0) machine.started = false; // idle; after a crash Fly.io would start it again
+      options.onEvent?.({ kind: "exited", id: machine.id, code });
+    });
+
+    const until = performance.now() + startMs;
+    while (!(await isHealthy(machine.address, dial))) {
+      if (relay.exitCode !== null || performance.now() > until) {
+        throw new Error(`${machine.id} doesn't answer; it printed:\n${printed.join("\n")}`);
+      }
+      await Bun.sleep(pollMs);
+    }
+  }
+
+  const find = (id: string): Machine => {
+    const machine = machines.find((candidate) => candidate.id === id);
+    if (machine === undefined) throw new Error(`no machine ${id}`);
+    return machine;
+  };
+
+  try {
+    for (let number = 1; number <= options.machines; number += 1) {
+      const region = options.regions[(number - 1) % options.regions.length] ?? "";
+      const id = `d8910000000${`${number}`.padStart(3, "0")}`; // 14 digits, as Fly.io's have
+      const address = `fdaa:0:1:a7b::${number.toString(16)}`;
+      const netName = `m${number}`;
+      const namespace = network.add(netName, address);
+      const shown = { started: false, listed: true, silent: false };
+      machines.push({ id, region, address, ...shown, netName, namespace, process: null });
+    }
+    const dns = await inEdge(() =>
+      startDns({
+        app,
+        hostname: dnsAddress,
+        port: 53,
+        machines: () => machines.filter(({ started, listed }) => started && listed),
+      }),
+    );
+    closers.push(() => dns.close());
+    const proxy: Proxy = startProxy({
+      app,
+      hostname: "127.0.0.1",
+      port: options.port,
+      machines: () =>
+        machines.filter(({ started }) => started).map((machine) => ({ ...machine, port: relayPort })),
+      onEvent: (event) => options.onEvent?.(event),
+      dial,
+    });
+    closers.push(() => proxy.close());
+    await Promise.all(machines.map(launch));
+
+    return {
+      url: proxy.url,
+      machines,
+      async stop(id) {
+        const machine = find(id);
+        machine.started = false;
+        machine.process?.kill("SIGTERM");
+        await machine.process?.exited;
+      },
+      async crash(id) {
+        const { process } = find(id);
+        process?.kill("SIGKILL");
+        await process?.exited;
+      },
+      silence(id) {
+        const machine = find(id);
+        machine.silent = true;
+        network.silence(machine.netName, true);
+      },
+      unlist(id) {
+        find(id).listed = false;
+      },
+      async start(id) {
+        const machine = find(id);
+        machine.silent = false;
+        machine.listed = true;
+        network.silence(machine.netName, false);
+        if (machine.process === null) await launch(machine);
+      },
+      hangDns(hangs) {
+        dns.silent = hangs;
+      },
+      accepted: (id) => network.accepted(find(id).netName),
+      async [Symbol.asyncDispose]() {
+        const running = machines.map(({ process }) => process?.exited);
+        for (const machine of machines) machine.started = false;
+        for (const { process } of machines) process?.kill("SIGKILL");
+        await Promise.all(running);
+        close();
+      },
+    };
+  } catch (error) {
+    close();
+    throw error;
+  }
+}
+
+async function isHealthy(address: string, dial: typeof connect): Promise<boolean> {
+  const wire = await dial(address, relayPort, 1_000);
+  if (typeof wire === "string") return false;
+  wire.write(formatHead({ start: "GET /health HTTP/1.1", lines: [], headers: new Map() }, { Host: app }));
+  const answer = await wire.head();
+  wire.destroy();
+  return answer?.start.split(" ")[1] === "200";
+}
+
+async function eachLine(stream: ReadableStream<Uint8Array>, take: (line: string) => void): Promise<void> {
+  const decoder = new TextDecoder();
+  let rest = "";
+  for await (const chunk of stream) {
+    const lines = (rest + decoder.decode(chunk, { stream: true })).split("\n");
+    rest = lines.pop() ?? "";
+    lines.forEach(take);
+  }
+  if (rest !== "") take(rest);
+}
+
+function describe(event: FlyEvent): string {
+  switch (event.kind) {
+    case "replay":
+      return `replay    ${event.path}  ${event.from} -> ${event.to}  (${event.replay})`;
+    case "fallback":
+      return `fallback  ${event.path}  ${event.from} -> ${event.to}  (${event.replay}: ${event.reason})`;
+    case "error":
+      return `ERROR     ${event.path}  ${event.from}: ${event.message}`;
+    case "exited":
+      return `exited    ${event.id} with code ${event.code}`;
+  }
+}
+
+const usage = `usage: bun run ops/fly-local/start.ts [--machines 5] [--regions fra,iad] [--port 8080]`;
+const commands = `commands, with an ID or its last digits:
+  stop ID      SIGTERM, and out of routing and DNS
+  crash ID     SIGKILL, still routed to and in DNS
+  silence ID   drop its packets
+  unlist ID    take it out of DNS
+  start ID     undo the above
+  dns off|on   let DNS hang, or answer again
+  list, quit`;
+
+async function main(): Promise<number> {
+  const reason = whyNoNetwork();
+  if (reason !== null) {
+    console.error(`fly-local can't run: ${reason}.`);
+    console.error(
+      "It needs Linux, root and iproute2: sudo bun run ops/fly-local/start.ts, or a privileged container.",
+    );
+    return 1;
+  }
+  const { values } = parseArgs({
+    options: {
+      machines: { type: "string", default: "5" },
+      regions: { type: "string", default: "fra,iad" },
+      port: { type: "string", default: "8080" },
+    },
+  });
+  const machines = Number(values.machines);
+  const port = Number(values.port);
+  if (!(Number.isInteger(machines) && machines >= 1 && machines <= 999) || !Number.isInteger(port)) {
+    console.error(usage);
+    return 1;
+  }
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => process.exit(130));
+
+  await using fly = await startFlyLocal({
+    machines,
+    regions: values.regions.split(","),
+    port,
+    onEvent: (event) => console.log(describe(event)),
+    onLine: (id, line) => console.log(`${id}  ${line}`),
+  });
+  const list = (): void => {
+    for (const { id, region, address, started, listed, silent } of fly.machines) {
+      const state = [
+        started ? "started" : "stopped",
+        ...(listed ? [] : ["unlisted"]),
+        ...(silent ? ["silent"] : []),
+      ];
+      console.log(`  ${id}  ${region}  ${address}  ${state.join(", ")}`);
+    }
+  };
+  list();
+  console.log(`entry: ${fly.url}`);
+  console.log(`test:  LIVE_URL=${fly.url} LIVE_MACHINES=${liveMachines(fly)} bun run test:live`);
+  console.log(commands);
+  for await (const line of console) {
+    const [command = "", argument = ""] = line.trim().split(/\s+/);
+    const id =
+      fly.machines.find((machine) => argument !== "" && machine.id.endsWith(argument))?.id ?? argument;
+    try {
+      if (command === "quit") return 0;
+      else if (command === "list") list();
+      else if (command === "stop") await fly.stop(id);
+      else if (command === "crash") await fly.crash(id);
+      else if (command === "silence") fly.silence(id);
+      else if (command === "unlist") fly.unlist(id);
+      else if (command === "start") await fly.start(id);
+      else if (command === "dns" && /^(on|off)$/.test(argument)) fly.hangDns(argument === "off");
+      else if (command !== "") console.log(commands);
+    } catch (error) {
+      console.log((error as Error).message);
+    }
+  }
+  return new Promise(() => {}); // no more input: until a signal
+}
+
+/** The machines as `live.test.ts` takes them. */
+export function liveMachines({ machines }: Pick<FlyLocal, "machines">): string {
+  return machines.map(({ id, region }) => `${id}:${region}`).join(",");
+}
+
+if (import.meta.main) process.exitCode = await main();
