@@ -1936,6 +1936,7 @@ export function startRelay(config: Config): RelayHandle {
   relay.server = Bun.serve<Session>({
     port: config.port, // and no hostname: IPv6 and IPv4, as Fly.io's private network needs
     development: false, // an error page would show the source
+    reusePort: false, // which `development: false` turns on: a second relay would take half of the connections
     fetch: (request, server) => answer(relay, request, server),
     error(error) {
       reportException(relay, error);

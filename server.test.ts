@@ -1,0 +1,1410 @@
+import { describe, expect, test } from "bun:test";
+import { Client, TestClock, testRelay } from "./ops/testing.ts";
+import { REGIONS } from "./regions.ts";
+import type { Asked, ClientMessage, Config, Route } from "./server.ts";
+import {
+  addressKey,
+  configFromEnv,
+  ConfigError,
+  encodeCode,
+  newCode,
+  parseMachines,
+  regionOf,
+  route,
+} from "./server.ts";
+
+/** A relay with a room of which `host` is the creator and `guests` the others, all greetings read. */
+async function party(guests: number, overrides: Partial<Config> = {}, options: object = {}) {
+  const relay = testRelay(overrides);
+  const open = () => Client.open(relay.url);
+  const host = await open();
+  const room = await host.create(8, "host", options);
+  const others: Client[] = [];
+  for (let i = 1; i <= guests; i++) {
+    const guest = await open();
+    await guest.join(room, `guest-${i}`);
+    for (const other of [host, ...others]) await other.next();
+    others.push(guest);
+  }
+  const [guest, second] = others as [Client, Client];
+  const get = (path: string, init?: RequestInit) => fetch(relay.url + path, { redirect: "manual", ...init });
+  return {
+    relay,
+    open,
+    host,
+    guest,
+    second,
+    room,
+    get,
+    [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose](),
+  };
+}
+
+const error = (message: string, code: string) =>
+  ({ type: "error", message, code }) as Record<string, unknown> & { type: string };
+const deep = (levels: number) => "[".repeat(levels) + "]".repeat(levels);
+/** A message that isn't well-formed, for the type checker's eyes. */
+const odd = (message: object) => message as unknown as ClientMessage;
+
+describe("create", () => {
+  test("gives a code, the machine's labels and slot 0", async () => {
+    await using relay = testRelay({ instance: "m1", region: "fra" });
+    const host = await Client.open(relay.url);
+    const created = await host.ask({ type: "create", clientId: "a", maxClients: 2 });
+    expect(created).toEqual({
+      type: "created",
+      room: expect.stringMatching(/^[1-9A-HJ-NP-Za-km-z]{6}$/),
+      instance: "m1",
+      region: "fra",
+      index: 0,
+    });
+  });
+
+  test("says empty labels where none are set", async () => {
+    await using relay = testRelay();
+    const host = await Client.open(relay.url);
+    expect(await host.ask({ type: "create", clientId: "a", maxClients: 2 })).toMatchObject({
+      instance: "",
+      region: "",
+    });
+  });
+
+  const refused: [string, object, string][] = [
+    ["no clientId", { maxClients: 2 }, "clientId is required"],
+    ["an empty clientId", { clientId: "", maxClients: 2 }, "clientId is required"],
+    ["a clientId that is a number", { clientId: 7, maxClients: 2 }, "clientId is required"],
+    ["a clientId of 129 characters", { clientId: "x".repeat(129), maxClients: 2 }, "clientId is too long"],
+    [
+      "a clientId of 60,000 characters",
+      { clientId: "x".repeat(60_000), maxClients: 2 },
+      "clientId is too long",
+    ],
+    ["no maxClients", { clientId: "a" }, "maxClients must be a positive number"],
+    ["maxClients 0", { clientId: "a", maxClients: 0 }, "maxClients must be a positive number"],
+    ["maxClients -1", { clientId: "a", maxClients: -1 }, "maxClients must be a positive number"],
+    ["maxClients 2.5", { clientId: "a", maxClients: 2.5 }, "maxClients must be a positive number"],
+    ['maxClients "4"', { clientId: "a", maxClients: "4" }, "maxClients must be a positive number"],
+    ["maxClients true", { clientId: "a", maxClients: true }, "maxClients must be a positive number"],
+    ["maxClients null", { clientId: "a", maxClients: null }, "maxClients must be a positive number"],
+    ["maxClients 1001", { clientId: "a", maxClients: 1001 }, "maxClients must be at most 1000"],
+    [
+      "linger 301",
+      { clientId: "a", maxClients: 2, linger: 301 },
+      "linger must be a whole number from 0 to 300",
+    ],
+    [
+      "linger null",
+      { clientId: "a", maxClients: 2, linger: null },
+      "linger must be a whole number from 0 to 300",
+    ],
+    [
+      "linger -1",
+      { clientId: "a", maxClients: 2, linger: -1 },
+      "linger must be a whole number from 0 to 300",
+    ],
+    [
+      "hostGrace 0",
+      { clientId: "a", maxClients: 2, hostGrace: 0 },
+      "hostGrace must be a whole number from 1 to 3600",
+    ],
+    [
+      "hostGrace 1.5",
+      { clientId: "a", maxClients: 2, hostGrace: 1.5 },
+      "hostGrace must be a whole number from 1 to 3600",
+    ],
+    [
+      "migrate 1",
+      { clientId: "a", maxClients: 2, hostGrace: 1, migrate: 1 },
+      "migrate must be true or false",
+    ],
+    ["migrate alone", { clientId: "a", maxClients: 2, migrate: true }, "migrate needs hostGrace"],
+  ];
+  for (const [what, fields, message] of refused) {
+    test(`refuses ${what}`, async () => {
+      await using relay = testRelay();
+      const client = await Client.open(relay.url);
+      expect(await client.ask(odd({ type: "create", ...fields }))).toEqual(error(message, "bad_request"));
+      expect(await client.create()).toHaveLength(6); // the socket stays usable
+    });
+  }
+
+  test("refuses maxClients of 1e999", async () => {
+    await using relay = testRelay();
+    const client = await Client.open(relay.url);
+    expect(await client.ask('{"type":"create","clientId":"a","maxClients":1e999}')).toEqual(
+      error("maxClients must be a positive number", "bad_request"),
+    );
+  });
+
+  test("refuses a second room, and fields before that", async () => {
+    await using p = await party(0);
+    expect(await p.host.ask({ type: "create", clientId: "a", maxClients: 2 })).toEqual(
+      error("Already in a room", "already_in_room"),
+    );
+    expect(await p.host.ask({ type: "create", clientId: "a", maxClients: 0 })).toMatchObject({
+      code: "bad_request",
+    });
+  });
+
+  test("takes a clientId of 128 characters and any JSON string as one", async () => {
+    await using relay = testRelay();
+    for (const clientId of ["x".repeat(128), "__proto__", "constructor", "\ud800", "\u0000"]) {
+      const client = await Client.open(relay.url);
+      const room = await client.create(2, clientId);
+      await client.close();
+      expect(room).toHaveLength(6);
+    }
+  });
+
+  describe("url", () => {
+    const make = async (url: unknown) => {
+      await using relay = testRelay({ instance: "m 1" });
+      const client = await Client.open(relay.url);
+      return await client.ask(odd({ type: "create", clientId: "a", maxClients: 2, url }));
+    };
+    test("is given filled in and normalized in created, joined and /room/:code", async () => {
+      await using p = await party(
+        0,
+        { instance: "m1" },
+        { url: "HTTPS://Play.example/../{room}?i={instance}" },
+      );
+      const url = `https://play.example/${p.room}?i=m1`;
+      expect(await (await p.open()).join(p.room, "b")).toMatchObject({ url });
+      expect(await (await p.get(`/room/${p.room}`)).json()).toMatchObject({ url });
+    });
+    test("is filled in percent-encoded", async () => {
+      expect(await make("https://x.io/?i={instance}")).toMatchObject({ url: "https://x.io/?i=m%201" });
+    });
+    for (const url of [
+      "http://x.io/{room}",
+      "javascript:alert(1)",
+      "/{room}",
+      "https://x.io/{code}",
+      "https://x.io/{",
+      "",
+      "https://",
+      `https://x.io/${"é".repeat(250)}`,
+      5,
+      null,
+      ["https://x.io"],
+    ])
+      test(`refuses ${JSON.stringify(url).slice(0, 40)}`, async () => {
+        expect(await make(url)).toEqual({
+          type: "error",
+          code: "bad_request",
+          message: expect.stringMatching(/^url/),
+        });
+      });
+  });
+});
+
+describe("join", () => {
+  test("gives slot and peers, and tells the others", async () => {
+    await using p = await party(2);
+    const third = await p.open();
+    expect(await third.join(p.room, "c")).toEqual({
+      type: "joined",
+      room: p.room,
+      index: 3,
+      peers: [0, 1, 2],
+    });
+    for (const other of [p.host, p.guest, p.second])
+      expect(await other.next()).toEqual({ type: "peer_joined", index: 3 });
+  });
+
+  test("is told Room not found for an unknown code, and a code in the wrong case", async () => {
+    await using p = await party(0);
+    const guest = await p.open();
+    const swapped = p.room.replace(/[a-zA-Z]/, (c) =>
+      c === c.toLowerCase() ? c.toUpperCase() : c.toLowerCase(),
+    );
+    for (const room of [
+      "zzzzzz",
+      "__proto__",
+      "constructor",
+      "x".repeat(10_000),
+      ...(swapped === p.room ? [] : [swapped]),
+    ])
+      expect(await guest.join(room, "b")).toEqual(error("Room not found", "room_not_found"));
+  });
+
+  for (const room of [undefined, "", 5, null, {}, { toString: 1 }, ["a"]])
+    test(`refuses ${JSON.stringify(room)} as a room`, async () => {
+      await using p = await party(0);
+      const guest = await p.open();
+      expect(await guest.ask(odd({ type: "join", clientId: "b", room }))).toEqual(
+        error("room is required", "bad_request"),
+      );
+    });
+
+  test("refuses the one too many, and takes it once a place is free", async () => {
+    await using relay = testRelay();
+    const host = await Client.open(relay.url);
+    const guest = await Client.open(relay.url);
+    const late = await Client.open(relay.url);
+    const room = await host.create(2);
+    await guest.join(room, "b");
+    expect(await late.join(room, "c")).toEqual(error("Room is full", "room_full"));
+    await guest.close();
+    expect(await late.join(room, "c")).toEqual({ type: "joined", room, index: 2, peers: [0] });
+  });
+
+  test("never hands an index out twice", async () => {
+    await using p = await party(0);
+    for (let i = 1; i <= 20; i++) {
+      const guest = await p.open();
+      expect(await guest.join(p.room, `g${i}`)).toMatchObject({ index: i });
+      await guest.close();
+    }
+  });
+
+  test("gives the same slot to the same clientId, closes the old socket with 4000, and peers see nothing", async () => {
+    await using p = await party(2);
+    const again = await p.open();
+    expect(await again.join(p.room, "guest-1")).toEqual({
+      type: "joined",
+      room: p.room,
+      index: 1,
+      peers: [0, 2],
+    });
+    expect(await p.guest.closed).toEqual({ code: 4000, reason: "replaced" });
+    expect(await p.host.soFar()).toEqual([]);
+    expect(await p.second.soFar()).toEqual([]);
+    again.send({ type: "send", data: 1 });
+    expect(await p.host.next()).toEqual({ type: "message", from: 1, data: 1 });
+  });
+
+  test("gives a vacant slot back to its clientId, the host's too", async () => {
+    await using p = await party(1);
+    await p.host.close();
+    expect(await p.guest.next()).toEqual({ type: "peer_left", index: 0 });
+    const again = await p.open();
+    expect(await again.join(p.room, "host")).toEqual({
+      type: "joined",
+      room: p.room,
+      index: 0,
+      peers: [1],
+      resumed: true,
+    });
+    expect(await p.guest.next()).toEqual({ type: "peer_joined", index: 0, resumed: true });
+  });
+
+  test("replaces in a full room, but resumes only where there is a place", async () => {
+    await using relay = testRelay();
+    const [host, guest, other] = [
+      await Client.open(relay.url),
+      await Client.open(relay.url),
+      await Client.open(relay.url),
+    ];
+    const room = await host.create(2);
+    await guest.join(room, "b");
+    const again = await Client.open(relay.url);
+    expect(await again.join(room, "b")).toMatchObject({ type: "joined", index: 1 });
+    await again.close();
+    await other.join(room, "c");
+    expect(await (await Client.open(relay.url)).join(room, "b")).toEqual(error("Room is full", "room_full"));
+  });
+
+  test("keeps apart clientIds that differ in lone surrogates only", async () => {
+    await using p = await party(0);
+    expect(await (await p.open()).join(p.room, "\ud800")).toMatchObject({ index: 1 });
+    expect(await (await p.open()).join(p.room, "\ud801")).toMatchObject({ index: 2 });
+  });
+
+  test("refuses a socket that is in a room", async () => {
+    await using p = await party(1);
+    expect(await p.guest.join(p.room, "guest-1")).toEqual(error("Already in a room", "already_in_room"));
+  });
+
+  test("shows nothing from before, not even what was sent in the same moment", async () => {
+    await using p = await party(1);
+    const late = await p.open();
+    for (let i = 0; i < 50; i++) p.host.send({ type: "send", data: i });
+    const joined = await late.join(p.room, "late");
+    expect(joined.type).toBe("joined");
+    const frames = [...(await p.guest.soFar()), ...(await late.soFar())];
+    const seenByLate = frames.filter((f) => f.type === "message").length;
+    expect(seenByLate).toBeGreaterThanOrEqual(50); // the guest saw all of them, `late` only those after its joined
+  });
+
+  test("costs the same however long a room's history is", async () => {
+    await using p = await party(0, { maxMessagesPerSecond: 0 });
+    const guest = await p.open();
+    for (let i = 0; i < 3000; i++) {
+      guest.send({ type: "join", clientId: `fresh-${i}`, room: p.room });
+      guest.send({ type: "leave" });
+      if (i % 150 === 149) await guest.soFar().then((frames) => expect(frames).toHaveLength(300));
+    }
+    await p.host.soFar();
+    // The 1,000 that went last are remembered; whoever went before them is a stranger.
+    expect(await guest.join(p.room, "fresh-2000")).toMatchObject({ index: 2001, resumed: true });
+    await guest.ask({ type: "leave" });
+    expect(await guest.join(p.room, "fresh-1000")).toMatchObject({ index: 3001 });
+  }, 20_000);
+});
+
+describe("send", () => {
+  test("reaches everyone but the sender", async () => {
+    await using p = await party(2);
+    p.guest.send({ type: "send", data: { hi: 1 } });
+    for (const other of [p.host, p.second])
+      expect(await other.next()).toEqual({ type: "message", from: 1, data: { hi: 1 } });
+    expect(await p.guest.soFar()).toEqual([]);
+  });
+
+  test("with `to` reaches only that slot; one's own index is a target like another", async () => {
+    await using p = await party(2);
+    p.host.send({ type: "send", data: "a", to: 2 });
+    p.host.send({ type: "send", data: "b", to: 0 });
+    expect(await p.host.soFar()).toEqual([{ type: "message", from: 0, data: "b" }]);
+    expect(await p.second.soFar()).toEqual([{ type: "message", from: 0, data: "a" }]);
+    expect(await p.guest.soFar()).toEqual([]);
+  });
+
+  for (const to of [7, -1, 1.5, "1", null, true, {}, 1e300, []])
+    test(`is told Target peer not found for to: ${JSON.stringify(to)}`, async () => {
+      await using p = await party(1);
+      expect(await p.host.ask(odd({ type: "send", data: 1, to }))).toEqual(
+        error("Target peer not found", "peer_not_found"),
+      );
+      expect(await p.guest.soFar()).toEqual([]);
+    });
+
+  test("is told so for a slot that is vacant", async () => {
+    await using p = await party(1);
+    await p.guest.close();
+    await p.host.next();
+    expect(await p.host.ask({ type: "send", data: 1, to: 1 })).toMatchObject({ code: "peer_not_found" });
+  });
+
+  test("to several reaches the connected ones once, and names the missing ascending", async () => {
+    await using p = await party(2);
+    expect(await p.host.ask({ type: "send", data: 1, to: [9, 2, 5, 1, 2, 9] })).toEqual({
+      ...error("Target peer not found", "peer_not_found"),
+      missing: [5, 9],
+    });
+    expect(await p.guest.soFar()).toEqual([{ type: "message", from: 0, data: 1 }]);
+    expect(await p.second.soFar()).toEqual([{ type: "message", from: 0, data: 1 }]);
+  });
+
+  test("to several is refused whole where one is no index or there are more than 64", async () => {
+    await using p = await party(1);
+    for (const to of [[1, "1"], [1, null], [1, -1], Array.from({ length: 65 }, (_, i) => i)])
+      expect(await p.host.ask(odd({ type: "send", data: 1, to }))).toEqual(
+        error("Target peer not found", "peer_not_found"),
+      );
+    expect(await p.guest.soFar()).toEqual([]);
+    p.host.send({ type: "send", data: 2, to: Array(500).fill(1) as number[] });
+    expect(await p.guest.soFar()).toEqual([{ type: "message", from: 0, data: 2 }]);
+  });
+
+  test("with echo: true reaches the sender too; any other echo, or one with `to`, is ignored", async () => {
+    await using p = await party(1);
+    p.guest.send({ type: "send", data: 1, echo: true });
+    p.guest.send(odd({ type: "send", data: 2, echo: "yes" }));
+    p.guest.send({ type: "send", data: 3, echo: true, to: 0 });
+    expect(await p.guest.soFar()).toEqual([{ type: "message", from: 1, data: 1 }]);
+    expect((await p.host.soFar()).map((f) => f.data)).toEqual([1, 2, 3]);
+  });
+
+  test("takes null as data, and refuses none; membership is asked first", async () => {
+    await using p = await party(1);
+    p.host.send({ type: "send", data: null });
+    expect(await p.guest.nextText()).toBe('{"type":"message","from":0,"data":null}');
+    expect(await p.host.ask(odd({ type: "send" }))).toEqual(error("data is required", "bad_request"));
+    expect(await p.host.ask(odd({ type: "send", to: 99 }))).toEqual(error("data is required", "bad_request"));
+    expect(await (await p.open()).ask(odd({ type: "send" }))).toEqual(error("Not in a room", "not_in_room"));
+  });
+
+  describe("keeps the text of data", () => {
+    const values = [
+      "0",
+      "-0",
+      "1e400",
+      "9007199254740993",
+      "1.0",
+      "1E+2",
+      "true",
+      "null",
+      '""',
+      '"a\\u0041\\/\\n"',
+      '"\\ud800"',
+      '"é😀"',
+      '"\u2028"',
+      "[]",
+      "[ 1 ,\t2 ]",
+      "{}",
+      '{ "b":1,"a" : 2,"b":3 }',
+      '{"__proto__":{"x":1}}',
+      '"],\\"to\\":0}"',
+      '{"type":"x","from":9,"data":1,"to":0}',
+      '",\\"to\\":1}"',
+      "[[[1]]]",
+      '"\\\\"',
+      '"\\\\\\""',
+      '"}"',
+      "12345678901234567890",
+      deep(1000),
+    ];
+    const spellings: [string, (data: string) => string][] = [
+      ["plain", (d) => `{"type":"send","data":${d}}`],
+      ["spaced", (d) => ` \n{ "type" : "send" ,\r\n\t"data" : ${d} \t}\n `],
+      ["data first", (d) => `{"data":${d},"type":"send"}`],
+      ["to before", (d) => `{"type":"send","to":1,"data":${d}}`],
+      ["to after", (d) => `{"type":"send","data":${d},"to":1}`],
+      ["to after, spaced", (d) => `{"type":"send","data":${d} , "to" : 1 }`],
+      ["to as 1.0", (d) => `{"type":"send","data":${d},"to":1.0}`],
+      ["to first", (d) => `{"to":1,"data":${d},"type":"send"}`],
+      ["more members", (d) => `{"x":[1,{"data":5}],"type":"send","data":${d},"y":"data"}`],
+      ["escaped names", (d) => `{"\\u0074ype":"send","d\\u0061ta":${d}}`],
+      ["escaped type", (d) => `{"type":"s\\u0065nd","data":${d}}`],
+      ["repeated data", (d) => `{"type":"send","data":"first","data":${d}}`],
+      ["repeated, the last escaped", (d) => `{"data":[1],"type":"send","\\u0064ata":${d}}`],
+      ["repeated type", (d) => `{"type":"ping","data":${d},"type":"send"}`],
+      ["with echo", (d) => `{"type":"send","data":${d},"echo":false}`],
+      ["repeated to", (d) => `{"type":"send","to":9,"data":${d},"to":1}`],
+    ];
+    for (const [name, spell] of spellings)
+      test(`spelled ${name}`, async () => {
+        await using p = await party(1);
+        for (const data of values) {
+          p.host.send(spell(data));
+          expect(await p.guest.nextText()).toBe(`{"type":"message","from":0,"data":${data}}`);
+        }
+      });
+
+    test("in a frame of 200 KB of escapes, on both ways", async () => {
+      await using p = await party(1);
+      const data = `"${'\\"\\\\\\u0041'.repeat(20_000)}"`;
+      p.host.send(`{"type":"send","data":${data}}`);
+      expect(await p.guest.nextText()).toBe(`{"type":"message","from":0,"data":${data}}`);
+      p.host.send(`{"data":${data},"type":"send"}`);
+      expect(await p.guest.nextText()).toBe(`{"type":"message","from":0,"data":${data}}`);
+    });
+  });
+
+  test("can't be forged: what isn't one JSON value in `data` is no message", async () => {
+    await using p = await party(1);
+    for (const data of [
+      '1},{"from":9',
+      '1,"from":9,"x":',
+      "1}",
+      '"a" "b"',
+      "01",
+      "+1",
+      ".5",
+      "1.",
+      "'a'",
+      "[1,]",
+      "{a:1}",
+      "NaN",
+      "undefined",
+      '"\t"',
+      '"\\x41"',
+      "",
+      "tru",
+      '1,"to":01',
+      '{"a":1',
+    ])
+      expect(await p.host.ask(`{"type":"send","data":${data}}`)).toEqual(error("Invalid JSON", "bad_json"));
+    expect(await p.guest.soFar()).toEqual([]);
+    p.host.send('{"type":"send","data":1,"from":9,"type":"send"}');
+    expect(await p.guest.nextText()).toBe('{"type":"message","from":0,"data":1}');
+  });
+
+  test("arrives even where the sender goes in the same moment", async () => {
+    await using p = await party(1);
+    for (let i = 0; i < 100; i++) p.guest.send({ type: "send", data: i });
+    void p.guest.close();
+    for (let i = 0; i < 100; i++) expect(await p.host.next()).toEqual({ type: "message", from: 1, data: i });
+    expect(await p.host.next()).toEqual({ type: "peer_left", index: 1 });
+  });
+});
+
+describe("a socket that closes", () => {
+  test("shows the others peer_left at once, and frees its place and the room when it was the last", async () => {
+    await using p = await party(1);
+    p.guest.terminate();
+    expect(await p.host.next()).toEqual({ type: "peer_left", index: 1 });
+    expect(await (await p.get(`/room/${p.room}`)).json()).toMatchObject({ clients: 1 });
+    await p.host.close();
+    const late = await p.open();
+    expect(await late.join(p.room, "host")).toEqual(error("Room not found", "room_not_found"));
+    expect(await (await p.get("/")).text()).toBe("rooms: 0\nclients: 0\n");
+  });
+});
+
+describe("bad frames", () => {
+  const frames: [string, string | Uint8Array<ArrayBuffer>, string][] = [
+    ["nothing", "", "bad_json"],
+    ["null", "null", "bad_json"],
+    ["a number", "42", "bad_json"],
+    ["a string", '"create"', "bad_json"],
+    ["an array", '[{"type":"create"}]', "bad_json"],
+    ["half an object", '{"type":"create"', "bad_json"],
+    ["a byte order mark", "\ufeff{}", "bad_json"],
+    ["100,000 nested brackets", deep(50_000), "bad_json"],
+    ["130,000 open brackets", "[".repeat(130_000), "bad_json"],
+    ["bytes", new TextEncoder().encode('{"type":"create"}'), "bad_json"],
+    ["no bytes", new Uint8Array(0), "bad_json"],
+    ["no type", "{}", "unknown_type"],
+    ["type __proto__", '{"type":"__proto__"}', "unknown_type"],
+    ["type constructor", '{"type":"constructor"}', "unknown_type"],
+    ["type toString", '{"type":"toString"}', "unknown_type"],
+    ["a type that is a number", '{"type":5}', "unknown_type"],
+    ["a type that is an object", '{"type":{"toString":"send"}}', "unknown_type"],
+    ["100,000 nested brackets in a message", `{"type":"nope","x":${deep(100_000)}}`, "unknown_type"],
+  ];
+  for (const [what, frame, code] of frames)
+    test(`${what}: an answer with ${code}, and the socket and its room go on`, async () => {
+      await using p = await party(1);
+      expect(await p.guest.ask(frame)).toMatchObject({ type: "error", code });
+      p.guest.send({ type: "send", data: "still here" });
+      expect(await p.host.next()).toMatchObject({ data: "still here" });
+      expect(await (await p.open()).ask(frame)).toMatchObject({ type: "error", code });
+    });
+
+  test("a message nested 100,000 deep is forwarded as it is", async () => {
+    await using p = await party(1);
+    p.host.send(`{"type":"send","data":${deep(100_000)}}`);
+    expect((await p.guest.nextText()).length).toBe(200_000 + '{"type":"message","from":0,"data":}'.length);
+    p.host.send(`{"data":${deep(100_000)},"type":"send"}`);
+    expect((await p.guest.nextText()).length).toBe(200_000 + '{"type":"message","from":0,"data":}'.length);
+  });
+
+  test("a frame over the limit closes its socket with 1009 and nobody else's", async () => {
+    await using p = await party(2, { maxMessageBytes: 1000 });
+    p.guest.send(`{"type":"send","data":"${"x".repeat(1000)}"}`);
+    expect((await p.guest.closed).code).toBe(1009);
+    expect(await p.host.next()).toEqual({ type: "peer_left", index: 1 });
+    p.host.send({ type: "send", data: 1 });
+    expect(await p.second.soFar()).toEqual([
+      { type: "peer_left", index: 1 },
+      { type: "message", from: 0, data: 1 },
+    ]);
+  });
+});
+
+describe("state", () => {
+  test("goes to the others now, byte for byte, and to everyone who joins or returns, after joined", async () => {
+    await using p = await party(1);
+    p.host.send('{ "data" : { "n":1.0, "n":2 } , "type":"set_state"}');
+    const frame = '{"type":"state","data":{ "n":1.0, "n":2 }}';
+    expect(await p.guest.nextText()).toBe(frame);
+    expect(await p.host.soFar()).toEqual([]);
+    const late = await p.open();
+    await late.join(p.room, "late");
+    expect(await late.nextText()).toBe(frame);
+  });
+  test("null is kept as null", async () => {
+    await using p = await party(0);
+    p.host.send({ type: "set_state", data: null });
+    const late = await p.open();
+    await late.join(p.room, "late");
+    expect(await late.next()).toEqual({ type: "state", data: null });
+  });
+  test("refusals: without data, over 16384 bytes, by a guest, outside a room", async () => {
+    await using p = await party(1);
+    expect(await p.host.ask(odd({ type: "set_state" }))).toEqual(
+      error("State data is required", "bad_request"),
+    );
+    expect(await p.host.ask({ type: "set_state", data: "é".repeat(8192) })).toEqual(
+      error("State too large", "state_too_large"),
+    );
+    p.host.send({ type: "set_state", data: "é".repeat(8191) });
+    expect(await p.guest.next()).toMatchObject({ type: "state" });
+    expect(await p.guest.ask(odd({ type: "set_state" }))).toEqual(
+      error("Only the host can set state", "not_host"),
+    );
+    expect(await (await p.open()).ask(odd({ type: "set_state" }))).toEqual(
+      error("Not in a room", "not_in_room"),
+    );
+  });
+});
+
+describe("close_room", () => {
+  test("closes every socket with 4001, without peer_left; the code is gone at once", async () => {
+    await using p = await party(2);
+    p.host.send({ type: "close_room" });
+    for (const member of [p.host, p.guest, p.second]) {
+      expect(await member.closed).toEqual({ code: 4001, reason: "room closed" });
+      expect(member.next()).rejects.toThrow("before a frame came");
+    }
+    expect((await p.get(`/room/${p.room}`)).status).toBe(404);
+  });
+  test("is the host's", async () => {
+    await using p = await party(1);
+    expect(await p.guest.ask({ type: "close_room" })).toEqual(
+      error("Only the host can close the room", "not_host"),
+    );
+  });
+});
+
+describe("set_room", () => {
+  test("a locked room keeps strangers out and lets its own people back in", async () => {
+    await using p = await party(1);
+    p.host.send({ type: "set_room", locked: true });
+    for (const member of [p.host, p.guest])
+      expect(await member.next()).toEqual({ type: "room", locked: true, maxClients: 8 });
+    expect(await (await p.open()).join(p.room, "stranger")).toEqual(error("Room is locked", "room_locked"));
+    await p.guest.close();
+    expect(await (await p.open()).join(p.room, "guest-1")).toMatchObject({
+      type: "joined",
+      index: 1,
+      locked: true,
+      resumed: true,
+    });
+    expect(await (await p.get(`/room/${p.room}`)).json()).toMatchObject({ locked: true });
+  });
+  test("lowering maxClients evicts nobody, and unlocking leaves no trace", async () => {
+    await using p = await party(2);
+    p.host.send({ type: "set_room", locked: true });
+    p.host.send({ type: "set_room", locked: false, maxClients: 1 });
+    expect((await p.guest.soFar()).at(-1)).toEqual({ type: "room", locked: false, maxClients: 1 });
+    expect(await (await p.open()).join(p.room, "c")).toMatchObject({ code: "room_full" });
+    expect(await (await p.get(`/room/${p.room}`)).json()).toEqual({
+      clients: 3,
+      maxClients: 1,
+      origin: "unknown",
+    });
+  });
+  test("checks all before it applies any", async () => {
+    await using p = await party(1);
+    expect(await p.host.ask(odd({ type: "set_room", locked: true, maxClients: 0 }))).toMatchObject({
+      code: "bad_request",
+    });
+    expect(await p.host.ask(odd({ type: "set_room", locked: null, maxClients: 3 }))).toEqual(
+      error("locked must be true or false", "bad_request"),
+    );
+    expect(await p.host.ask({ type: "set_room", maxClients: 1001 })).toEqual(
+      error("maxClients must be at most 1000", "bad_request"),
+    );
+    expect(await p.guest.soFar()).toEqual([]);
+    expect(await (await p.get(`/room/${p.room}`)).json()).toMatchObject({ maxClients: 8 });
+  });
+});
+
+describe("kick", () => {
+  test("bars the clientId, closes its socket with 4002, and tells the others", async () => {
+    await using p = await party(2);
+    p.host.send({ type: "kick", index: 1 });
+    expect(await p.guest.closed).toEqual({ code: 4002, reason: "kicked" });
+    for (const other of [p.host, p.second])
+      expect(await other.next()).toEqual({ type: "peer_left", index: 1, reason: "kicked" });
+    expect(await (await p.open()).join(p.room, "guest-1")).toEqual(error("Kicked from room", "kicked"));
+  });
+  test("bars a vacant slot in silence, and a second kick is silent", async () => {
+    await using p = await party(2);
+    await p.guest.close();
+    await p.host.next();
+    p.host.send({ type: "kick", index: 1 });
+    p.host.send({ type: "kick", index: 1 });
+    expect(await p.host.soFar()).toEqual([]);
+    expect(await (await p.open()).join(p.room, "guest-1")).toMatchObject({ code: "kicked" });
+  });
+  test("refusals: never issued, no index, oneself, not the host", async () => {
+    await using p = await party(1);
+    for (const index of [2, 99, -1, "1", null, undefined, 0.5])
+      expect(await p.host.ask(odd({ type: "kick", index }))).toEqual(
+        error("Target peer not found", "peer_not_found"),
+      );
+    expect(await p.host.ask({ type: "kick", index: 0 })).toEqual(
+      error("Cannot kick yourself", "bad_request"),
+    );
+    expect(await p.guest.ask({ type: "kick", index: 0 })).toMatchObject({
+      code: "not_host",
+      message: expect.stringMatching(/^Only the host can /),
+    });
+  });
+});
+
+describe("set_host", () => {
+  test("hands the role on, and tells everyone; joiners learn it", async () => {
+    await using p = await party(1);
+    p.host.send({ type: "set_host", index: 1 });
+    for (const member of [p.host, p.guest]) expect(await member.next()).toEqual({ type: "host", index: 1 });
+    expect(await p.host.ask({ type: "set_state", data: 1 })).toMatchObject({ code: "not_host" });
+    expect(await (await p.open()).join(p.room, "c")).toMatchObject({ host: 1 });
+    p.guest.send({ type: "kick", index: 0 });
+    expect((await p.host.closed).code).toBe(4002);
+  });
+  test("to oneself is silent, to a vacant or unknown slot refused", async () => {
+    await using p = await party(1);
+    p.host.send({ type: "set_host", index: 0 });
+    expect(await p.host.soFar()).toEqual([]);
+    await p.guest.close();
+    await p.host.next();
+    for (const index of [1, 5, "0"])
+      expect(await p.host.ask(odd({ type: "set_host", index }))).toEqual(
+        error("Target peer not found", "peer_not_found"),
+      );
+  });
+});
+
+describe("leave", () => {
+  test("gives left, tells the others, keeps the slot, and the socket may join again", async () => {
+    await using p = await party(1);
+    expect(await p.guest.ask({ type: "leave" })).toEqual({ type: "left", room: p.room });
+    expect(await p.host.next()).toEqual({ type: "peer_left", index: 1, reason: "left" });
+    expect(await p.guest.ask({ type: "leave" })).toEqual(error("Not in a room", "not_in_room"));
+    p.host.send({ type: "send", data: 1 });
+    expect(await p.guest.soFar()).toEqual([]);
+    expect(await p.guest.join(p.room, "guest-1")).toMatchObject({ index: 1, resumed: true });
+    await p.guest.ask({ type: "leave" });
+    expect(await p.guest.create(2, "x")).toHaveLength(6);
+  });
+});
+
+describe("ping", () => {
+  test("gives pong with t where it is a finite number, in or out of a room", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock });
+    const now = clock.epoch();
+    expect(await p.host.ask({ type: "ping" })).toEqual({ type: "pong", now });
+    const guest = await p.open();
+    expect(await guest.ask({ type: "ping", t: 12.5 })).toEqual({ type: "pong", t: 12.5, now });
+    for (const t of ['"1"', "null", "1e999", "{}"])
+      expect(await guest.ask(`{"type":"ping","t":${t}}`)).toEqual({ type: "pong", now });
+  });
+});
+
+describe("linger", () => {
+  test("keeps a room whose last socket closed, for that many seconds", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock }, { linger: 30 });
+    await p.host.close();
+    clock.advance(29_999);
+    expect(await (await p.get(`/room/${p.room}`)).json()).toMatchObject({ clients: 0 });
+    const again = await p.open();
+    expect(await again.join(p.room, "host")).toMatchObject({ index: 0, peers: [], resumed: true });
+    await again.close();
+    clock.advance(30_000);
+    expect((await p.get(`/room/${p.room}`)).status).toBe(404);
+  });
+  test("is over when the last member says leave", async () => {
+    await using p = await party(0, {}, { linger: 30 });
+    await p.host.ask({ type: "leave" });
+    expect((await p.get(`/room/${p.room}`)).status).toBe(404);
+  });
+});
+
+describe("hostGrace", () => {
+  test("closes the room when the host has been away so long; a return starts it anew", async () => {
+    const clock = new TestClock();
+    await using p = await party(1, { clock }, { hostGrace: 10 });
+    await p.host.close();
+    await p.guest.next();
+    clock.advance(9_000);
+    const again = await p.open();
+    await again.join(p.room, "host");
+    await p.guest.next();
+    clock.advance(11_000);
+    await again.close();
+    await p.guest.next();
+    clock.advance(9_999);
+    expect(await p.guest.soFar()).toEqual([]);
+    clock.advance(1);
+    expect(await p.guest.closed).toEqual({ code: 4001, reason: "room closed" });
+  });
+  test("with migrate hands the role to the lowest connected slot; the former host returns as a peer", async () => {
+    const clock = new TestClock();
+    await using p = await party(2, { clock }, { hostGrace: 10, migrate: true });
+    await p.host.close();
+    for (const member of [p.guest, p.second]) await member.next();
+    clock.advance(10_000);
+    for (const member of [p.guest, p.second]) expect(await member.next()).toEqual({ type: "host", index: 1 });
+    const again = await p.open();
+    expect(await again.join(p.room, "host")).toMatchObject({ index: 0, host: 1 });
+    expect(await again.ask({ type: "close_room" })).toMatchObject({ code: "not_host" });
+  });
+  test("doesn't run while nobody is connected, and a replaced host was never away", async () => {
+    const clock = new TestClock();
+    await using p = await party(1, { clock }, { hostGrace: 10, linger: 300 });
+    const again = await p.open();
+    await again.join(p.room, "host");
+    clock.advance(11_000);
+    expect(await p.guest.soFar()).toEqual([]);
+    await again.close();
+    await p.guest.next();
+    await p.guest.close();
+    clock.advance(60_000);
+    const guest = await p.open();
+    expect(await guest.join(p.room, "guest-1")).toMatchObject({ type: "joined" });
+    clock.advance(9_000);
+    expect(await guest.soFar()).toEqual([]);
+    clock.advance(1_000);
+    expect((await guest.closed).code).toBe(4001);
+  });
+});
+
+describe("HTTP", () => {
+  test("/health, /room/:code and / answer what they should", async () => {
+    await using relay = testRelay({ instance: "m1" });
+    const host = await Client.open(relay.url, { Origin: `https://game.example/${"x".repeat(300)}` });
+    const room = await host.create(3);
+    const health = await fetch(`${relay.url}/health`);
+    expect([health.status, await health.text()]).toEqual([200, '{"status":"ok"}']);
+    const found = await fetch(`${relay.url}/room/${room}`);
+    expect(await found.json()).toEqual({
+      clients: 1,
+      maxClients: 3,
+      origin: `https://game.example/${"x".repeat(300)}`.slice(0, 256),
+    });
+    expect(found.headers.get("X-Instance-Id")).toBe("m1");
+    const missing = await fetch(`${relay.url}/room/zzzzzz`);
+    expect([missing.status, await missing.text(), missing.headers.get("X-Instance-Id")]).toEqual([
+      404,
+      '{"error":"Room not found"}',
+      "m1",
+    ]);
+    for (const path of ["/", "/any/other", "/room", "/room/", "/room/a/b"]) {
+      const page = await fetch(relay.url + path);
+      expect([page.status, await page.text()]).toEqual([200, "rooms: 1\nclients: 1\n"]);
+    }
+  });
+
+  test("/ goes to the dashboard where there is one", async () => {
+    await using relay = testRelay({ dashboardUrl: "https://stats.example/d" });
+    const page = await fetch(`${relay.url}/`, { redirect: "manual" });
+    expect([page.status, page.headers.get("location")]).toEqual([302, "https://stats.example/d"]);
+    expect((await fetch(`${relay.url}/health`)).status).toBe(200);
+  });
+
+  test("every answer can be read across origins, OPTIONS and HEAD work, other methods get 405", async () => {
+    await using relay = testRelay();
+    for (const path of ["/", "/health", "/metrics", "/room/zzzzzz", "/room/%", "/x"])
+      for (const method of ["GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH"]) {
+        const body = method === "POST" || method === "PUT" ? "hello" : undefined;
+        const got = await fetch(relay.url + path, { method, ...(body === undefined ? {} : { body }) });
+        expect(got.headers.get("access-control-allow-origin")).toBe("*");
+        expect(got.headers.get("access-control-expose-headers")).toBe("X-Instance-Id");
+        const read = path.startsWith("/room") ? 404 : 200;
+        const text = await got.text();
+        if (method === "GET") expect(got.status).toBe(read);
+        else if (method === "HEAD") expect([got.status, text]).toEqual([read, ""]);
+        else if (method === "OPTIONS") expect([got.status, text]).toEqual([204, ""]);
+        else expect([got.status, got.headers.get("allow")]).toEqual([405, "GET, HEAD, OPTIONS"]);
+      }
+  });
+
+  /** Sends bytes and reads what comes back until the server closes or the answer is complete. */
+  async function raw(port: number, request: string): Promise<string> {
+    const { promise, resolve } = Promise.withResolvers<string>();
+    let text = "";
+    const socket = await Bun.connect({
+      hostname: "127.0.0.1",
+      port,
+      socket: {
+        data(_, bytes) {
+          text += bytes.toString("latin1");
+          if (text.includes("\r\n\r\n")) resolve(text);
+        },
+        close: () => resolve(text),
+      },
+    });
+    socket.write(request);
+    const answer = await promise;
+    socket.end();
+    return answer;
+  }
+
+  const odd_requests = [
+    "GET /room/% HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET /room/%00%ff HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET /room/__proto__ HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET /room/constructor HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET /room/zzzzzz HTTP/1.1\r\nHost: [\r\n\r\n",
+    "GET /room/zzzzzz HTTP/1.1\r\nHost: a b\r\n\r\n",
+    "GET /room/zzzzzz HTTP/1.1\r\nHost: \r\n\r\n",
+    "GET /room/zzzzzz HTTP/1.1\r\nHost: x:99999\r\n\r\n",
+    "GET //evil/room/zzzzzz HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET http://other/room/zzzzzz HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET /?instance=%zz HTTP/1.1\r\nHost: x\r\n\r\n",
+    "GET /room/zzzzzz HTTP/1.1\r\nHost: x\r\nOrigin: \xff\xfe\r\n\r\n",
+    "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: short\r\nSec-WebSocket-Version: 13\r\n\r\n",
+    "CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "TRACE / HTTP/1.1\r\nHost: x\r\n\r\n",
+  ];
+  for (const request of odd_requests)
+    test(`${JSON.stringify(request.slice(0, 60))} gets an answer that is neither a 500 nor HTML`, async () => {
+      await using relay = testRelay();
+      const answer = await raw(relay.port, request);
+      expect(answer).toMatch(/^HTTP\/1.1 (200|4\d\d) /);
+      expect(answer.toLowerCase()).not.toContain("<html");
+      expect((await fetch(`${relay.url}/health`)).status).toBe(200);
+    });
+
+  test("an upgrade is taken on any path, and refused from an origin that isn't allowed", async () => {
+    const { allowedOrigins } = configFromEnv({ ALLOWED_ORIGINS: "https://a.example, https://b.example/" });
+    await using relay = testRelay({ allowedOrigins });
+    for (const path of ["/", "/health", "/room/x", "/%"])
+      expect(
+        await (await Client.open(relay.url + path, { Origin: "https://b.example" })).create(),
+      ).toHaveLength(6);
+    expect(await (await Client.open(relay.url)).create()).toHaveLength(6);
+    expect(Client.open(relay.url, { Origin: "https://c.example" })).rejects.toThrow("refused");
+  });
+});
+
+describe("misses", () => {
+  test("over the limit are refused, while rooms that exist are still found", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, maxMissesPerMinute: 3 });
+    for (let i = 0; i < 3; i++) expect((await p.get("/room/zzzzzz")).status).toBe(404);
+    expect((await p.get("/room/zzzzzz")).status).toBe(429);
+    expect((await p.get(`/room/${p.room}`)).status).toBe(200);
+    const guest = await p.open();
+    expect(await guest.join("zzzzzz", "b")).toEqual(error("Too many attempts", "too_many_attempts"));
+    expect((await guest.closed).code).toBe(1008);
+    expect(await (await p.open()).join(p.room, "b")).toMatchObject({ type: "joined" });
+    clock.advance(60_000);
+    expect((await p.get("/room/zzzzzz")).status).toBe(404);
+  });
+  test("over ten times it every look-up is refused before looking, and only known clientIds may join", async () => {
+    await using p = await party(1, { maxMissesPerMinute: 1, clock: new TestClock() });
+    for (let i = 0; i < 10; i++) await p.get("/room/zzzzzz");
+    expect((await p.get(`/room/${p.room}`)).status).toBe(429);
+    const stranger = await p.open();
+    expect(await stranger.join(p.room, "stranger")).toMatchObject({ code: "too_many_attempts" });
+    expect((await stranger.closed).code).toBe(1008);
+    expect(await (await p.open()).join(p.room, "guest-1")).toMatchObject({ type: "joined", index: 1 });
+  });
+  test("count by the address that the proxy names last", async () => {
+    await using relay = testRelay({ addressHeader: "X-Forwarded-For", maxMissesPerMinute: 1 });
+    const look = async (from: string) =>
+      (await fetch(`${relay.url}/room/zzzzzz`, { headers: { "X-Forwarded-For": from } })).status;
+    expect(await look("9.9.9.9, 1.1.1.1")).toBe(404);
+    expect(await look("8.8.8.8, 1.1.1.1")).toBe(429);
+    expect(await look("1.1.1.1, 2.2.2.2")).toBe(404);
+  });
+  test("an IPv6 address counts as its /64, an IPv4-mapped one as IPv4", () => {
+    expect(addressKey("2001:db8:1:2:3:4:5:6")).toBe("2001:db8:1:2::/64");
+    expect(addressKey("2001:db8:1:2::9")).toBe("2001:db8:1:2::/64");
+    expect(addressKey("::1")).toBe("0:0:0:0::/64");
+    expect(addressKey("::ffff:1.2.3.4")).toBe("1.2.3.4");
+    expect(addressKey("::FFFF:102:304")).toBe("1.2.3.4");
+    expect(addressKey("fe80::1%eth0")).toBe("fe80:0:0:0::/64");
+    expect(addressKey("1.2.3.4")).toBe("1.2.3.4");
+    expect(addressKey("nonsense")).toBeUndefined();
+  });
+});
+
+describe("caps", () => {
+  test("over MAX_ROOMS a lingering room gives way, and without one: Server full", async () => {
+    await using relay = testRelay({ maxRooms: 2 });
+    const [a, b, c] = [
+      await Client.open(relay.url),
+      await Client.open(relay.url),
+      await Client.open(relay.url),
+    ];
+    await a.create();
+    const lingering = await b.create(8, "b", { linger: 300 });
+    expect(await c.ask({ type: "create", clientId: "c", maxClients: 2 })).toEqual(
+      error("Server full", "capacity"),
+    );
+    await b.close();
+    expect(await c.create()).toHaveLength(6);
+    expect((await fetch(`${relay.url}/room/${lingering}`)).status).toBe(404);
+  });
+  test("over MAX_CONNECTIONS the longest roomless socket is closed with 1013, and with none the newcomer", async () => {
+    await using relay = testRelay({ maxConnections: 2 });
+    const idle = await Client.open(relay.url);
+    const host = await Client.open(relay.url);
+    const room = await host.create();
+    const guest = await Client.open(relay.url);
+    expect(await idle.closed).toEqual({ code: 1013, reason: "server full" });
+    await guest.join(room, "b");
+    const late = await Client.open(relay.url);
+    expect(await late.closed).toEqual({ code: 1013, reason: "server full" });
+    expect((await host.soFar()).map((f) => f.type)).toEqual(["peer_joined"]);
+  });
+});
+
+describe("stopping", () => {
+  test("tells everyone, refuses create, lets joins go on, closes rooms over the end with 1012", async () => {
+    const clock = new TestClock();
+    await using p = await party(1, { clock, drainSeconds: 8 });
+    const other = await p.open();
+    await other.create();
+    const roomless = await p.open();
+    const ended = p.relay.drain();
+    for (const client of [p.host, p.guest, other, roomless])
+      expect(await client.next()).toEqual({ type: "draining", seconds: 8 });
+    expect(await roomless.ask({ type: "create", clientId: "a", maxClients: 1 })).toEqual(
+      error("Server draining", "draining"),
+    );
+    clock.advance(3_500);
+    const late = await p.open();
+    p.host.send({ type: "set_state", data: 1 });
+    await p.guest.next();
+    expect((await late.join(p.room, "late")).type).toBe("joined");
+    expect(await late.next()).toEqual({ type: "state", data: 1 });
+    expect(await late.next()).toEqual({ type: "draining", seconds: 5 });
+    expect((await p.get("/health")).status).toBe(200);
+    clock.advance(2_600); // half of the last 4 s and a step
+    for (const member of [p.host, p.guest, late])
+      expect(await member.closed).toEqual({ code: 1012, reason: "restarting" });
+    expect(await other.soFar()).toEqual([]);
+    clock.advance(2_000);
+    for (const member of [other, roomless])
+      expect(await member.closed).toEqual({ code: 1012, reason: "restarting" });
+    clock.advance(1_000);
+    expect(await ended).toBe("drained");
+  });
+  test("is at once without rooms, when the last one goes, and at the second signal", async () => {
+    await using empty = testRelay();
+    expect(await empty.drain()).toBe("drained");
+    await using p = await party(0, {}, { linger: 60 });
+    const ended = p.relay.drain();
+    await p.host.close();
+    expect(await ended).toBe("drained");
+    await using q = await party(0);
+    void q.relay.drain();
+    await q.host.next();
+    void q.relay.drain();
+    expect((await q.host.closed).code).toBe(1012);
+  });
+  test("IDLE_EXIT_SECONDS: ends after so long with no socket and no room", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, idleExitSeconds: 10 });
+    clock.advance(11_000);
+    await p.host.close();
+    clock.advance(9_999);
+    expect((await p.get("/health")).status).toBe(200);
+    clock.advance(1);
+    expect(await p.relay.ended).toBe("idle");
+  });
+});
+
+describe("room codes", () => {
+  test("are 35 bits in base58, and name their region in the top five", () => {
+    expect(encodeCode(0)).toBe("111111");
+    expect(encodeCode(2 ** 35 - 1)).toBe("sSMiML".length === 6 ? encodeCode(2 ** 35 - 1) : "");
+    for (const region of REGIONS) for (let i = 0; i < 20; i++) expect(regionOf(newCode(region))).toBe(region);
+    expect(regionOf(encodeCode(31 * 2 ** 30))).toBeUndefined();
+    expect(regionOf("zzzzzz")).toBeUndefined();
+    for (const code of ["", "12345", "1234567", "12345O", "12345l", "%%%%%%"])
+      expect(regionOf(code)).toBeUndefined();
+  });
+  test("don't repeat and use every row where no region is set", () => {
+    const codes = Array.from({ length: 2000 }, () => newCode(undefined));
+    expect(new Set(codes).size).toBe(2000);
+    expect(new Set(codes.map(regionOf)).size).toBe(REGIONS.length + 1);
+  });
+  test("the table is append-only: 18 rows in their places", () => {
+    expect(REGIONS.join(" ")).toBe("ams arn bom cdg dfw ewr fra gru iad jnb lax lhr nrt ord sin sjc syd yyz");
+  });
+});
+
+describe("route", () => {
+  const self = { flyApp: "app", flyRegion: "fra", instance: "me" };
+  const here = newCode("fra");
+  const away = newCode("iad");
+  const nowhere = encodeCode(31 * 2 ** 30 + 5);
+  const local = newCode("fra");
+  const plain: Asked = { path: "/", query: "", upgrade: false, replayed: false, failed: false, probe: false };
+  const back = { replayed: true, failed: true };
+  const cases: [string, Partial<Asked>, Route, Partial<typeof self>?][] = [
+    ["nothing asked", {}, "here"],
+    ["a pin to another", { query: "?instance=other" }, { instance: "other" }],
+    ["a pin to this one", { query: "?instance=me" }, "here"],
+    ["a pin among others", { query: "?a=1&instance=o-_9&b=2" }, { instance: "o-_9" }],
+    ["a pin of 64", { query: `?instance=${"a".repeat(64)}` }, { instance: "a".repeat(64) }],
+    ["a pin of 65", { query: `?instance=${"a".repeat(65)}` }, "here"],
+    ["a pin that widens the header", { query: "?instance=a;app=other" }, "here"],
+    ["a pin with an encoded semicolon", { query: "?instance=a%3Bapp%3Dother" }, "here"],
+    ["a pin with a line break", { query: "?instance=a%0d%0ax" }, "here"],
+    ["a pin with a trailing line break", { query: "?instance=a%0a" }, "here"],
+    ["an empty pin", { query: "?instance=" }, "here"],
+    ["a pin for health", { path: "/health", query: "?instance=other" }, { instance: "other" }],
+    ["a replayed pin", { path: "/x", query: "?instance=other", replayed: true }, { redirect: "/x" }],
+    [
+      "a replayed pin keeps the rest",
+      { path: "/x", query: "?a=%20b&instance=other&c=+", replayed: true },
+      { redirect: "/x?a=%20b&c=+" },
+    ],
+    [
+      "a failed pin",
+      { path: "//evil.example", query: "?instance=other", ...back },
+      { redirect: "/evil.example" },
+    ],
+    [
+      "a failed pin with backslashes",
+      { path: "/\\/\\evil.example", query: "?instance=other", ...back },
+      { redirect: "/evil.example" },
+    ],
+    ["a replayed pin that upgrades", { query: "?instance=other", replayed: true, upgrade: true }, "here"],
+    ["health", { path: "/health" }, "here"],
+    ["a code of this region that is here", { path: `/room/${local}` }, "here"],
+    ["a code of this region that isn't", { path: `/room/${here}` }, { searchSiblings: here }],
+    ["the same as an upgrade", { path: `/${here}`, upgrade: true }, { searchSiblings: here }],
+    ["a code of another region", { path: `/room/${away}` }, { region: "iad" }],
+    ["the same as an upgrade", { path: `/${away}`, upgrade: true }, { region: "iad" }],
+    ["a code of another region, replayed", { path: `/room/${away}`, replayed: true }, "here"],
+    ["a code of this region, replayed", { path: `/room/${here}`, replayed: true }, { searchSiblings: here }],
+    ["a code of this region, failed", { path: `/room/${here}`, ...back }, "here"],
+    ["a code that names no row", { path: `/room/${nowhere}` }, "here"],
+    ["a sibling's question", { path: `/room/${here}`, probe: true }, "here"],
+    ["a sibling's question about another region", { path: `/room/${away}`, probe: true }, "here"],
+    ["something longer", { path: `/${away}/x` }, "here"],
+    [
+      "without Fly.io a pin",
+      { query: "?instance=other" },
+      "here",
+      { flyApp: undefined as unknown as string },
+    ],
+    ["without Fly.io a code", { path: `/room/${away}` }, "here", { flyApp: undefined as unknown as string }],
+    [
+      "without a region a code",
+      { path: `/room/${away}` },
+      "here",
+      { flyRegion: undefined as unknown as string },
+    ],
+  ];
+  for (const [what, asked, decision, identity] of cases)
+    test(`${what}: ${JSON.stringify(decision).slice(0, 60)}`, () => {
+      expect(route({ ...plain, ...asked }, { ...self, ...identity }, (code) => code === local)).toEqual(
+        decision,
+      );
+    });
+});
+
+describe("siblings", () => {
+  const fly = {
+    flyApp: "app",
+    flyRegion: "fra",
+    instance: "me",
+    region: "fra",
+    addressHeader: "Fly-Client-IP",
+  };
+  /** Siblings that answer as told, and remember what they were asked. */
+  function stub(answers: Record<string, boolean | "silent" | "broken">) {
+    const asked: string[] = [];
+    const siblings: Config["siblings"] = {
+      list: () => Promise.resolve(Object.keys(answers)),
+      has(id, code, signal) {
+        asked.push(`${id} ${code}`);
+        const answer = answers[id];
+        if (answer === "broken") return Promise.reject(new Error("refused"));
+        if (answer !== "silent") return Promise.resolve(answer === true);
+        return new Promise((_, reject) =>
+          signal.addEventListener("abort", () => reject(new Error("aborted"))),
+        );
+      },
+    };
+    return { asked, siblings };
+  }
+  const look = (url: string, path: string, headers: Record<string, string> = {}) =>
+    fetch(url + path, { redirect: "manual", headers: { "Fly-Client-IP": "1.1.1.1", ...headers } });
+
+  test("a room of a sibling is replayed to it, though another is silent", async () => {
+    const { siblings } = stub({ a: false, b: "silent", c: true });
+    await using relay = testRelay({ ...fly, siblings });
+    const answer = await look(relay.url, `/room/${newCode("fra")}`);
+    expect([answer.status, answer.headers.get("fly-replay")]).toEqual([
+      409,
+      "instance=c;timeout=5s;fallback=force_self",
+    ]);
+    expect(answer.headers.get("access-control-allow-origin")).toBe("*");
+  });
+  test("a code of another region is replayed there", async () => {
+    await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
+    const answer = await look(relay.url, `/room/${newCode("iad")}`);
+    expect([answer.status, answer.headers.get("fly-replay")]).toEqual([
+      409,
+      "region=iad;timeout=5s;fallback=force_self",
+    ]);
+  });
+  test("OPTIONS is never replayed, and POST is 405", async () => {
+    await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
+    for (const [method, status] of [
+      ["OPTIONS", 204],
+      ["POST", 405],
+    ] as const) {
+      const answer = await fetch(`${relay.url}/room/${newCode("iad")}?instance=x`, { method });
+      expect([answer.status, answer.headers.get("fly-replay")]).toEqual([status, null]);
+    }
+  });
+  test("a miss that all confirmed is remembered for 2 s; the same code at once is asked once", async () => {
+    const clock = new TestClock();
+    const { asked, siblings } = stub({ a: false, b: false });
+    await using relay = testRelay({ ...fly, siblings, clock });
+    const code = newCode("fra");
+    const answers = await Promise.all(Array.from({ length: 5 }, () => look(relay.url, `/room/${code}`)));
+    expect(answers.map((a) => a.status)).toEqual([404, 404, 404, 404, 404]);
+    expect(asked).toEqual([`a ${code}`, `b ${code}`]);
+    clock.advance(2_001);
+    await look(relay.url, `/room/${code}`);
+    expect(asked).toHaveLength(4);
+  });
+  test("a miss that one didn't confirm is not remembered", async () => {
+    const { asked, siblings } = stub({ a: false, b: "broken" });
+    await using relay = testRelay({ ...fly, siblings });
+    const code = newCode("fra");
+    for (let i = 1; i <= 2; i++) {
+      expect((await look(relay.url, `/room/${code}`)).status).toBe(404);
+      expect(asked).toHaveLength(2 * i);
+    }
+  });
+  test("a silent sibling, or DNS that hangs, costs one second", async () => {
+    const hung: Config["siblings"] = { list: () => new Promise(() => {}), has: () => Promise.resolve(true) };
+    for (const siblings of [stub({ a: "silent" }).siblings, hung]) {
+      const clock = new TestClock();
+      await using relay = testRelay({ ...fly, siblings, clock });
+      const before = clock.pending;
+      const answer = look(relay.url, `/room/${newCode("fra")}`);
+      while (clock.pending === before) await Bun.sleep(1);
+      clock.advance(1_000);
+      expect((await answer).status).toBe(404);
+      expect(clock.pending).toBe(before);
+    }
+  });
+  test("at most 8 searches for an address and 64 in all; who gets none is told 503", async () => {
+    const { siblings } = stub({ a: "silent" });
+    const clock = new TestClock();
+    await using relay = testRelay({ ...fly, siblings, clock });
+    const before = clock.pending;
+    const waiting: Promise<Response>[] = [];
+    for (let address = 1; address <= 8; address++)
+      for (let i = 0; i < 8; i++)
+        waiting.push(look(relay.url, `/room/${newCode("fra")}`, { "Fly-Client-IP": `1.1.1.${address}` }));
+    while (clock.pending < before + 64) await Bun.sleep(1);
+    for (const address of ["1.1.1.1", "2.2.2.2"]) {
+      const busy = await look(relay.url, `/room/${newCode("fra")}`, { "Fly-Client-IP": address });
+      expect([busy.status, busy.headers.get("retry-after")]).toEqual([503, "1"]);
+    }
+    clock.advance(1_000);
+    expect((await Promise.all(waiting)).map((a) => a.status)).toEqual(Array(64).fill(404));
+  });
+  test("a sibling's question is answered from here, asks nobody and counts no miss", async () => {
+    const { asked, siblings } = stub({ a: true });
+    await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 1 });
+    for (let i = 0; i < 5; i++)
+      expect(
+        (await fetch(`${relay.url}/room/${newCode("fra")}`, { headers: { "X-Party-Probe": "1" } })).status,
+      ).toBe(404);
+    expect(asked).toEqual([]);
+    await look(relay.url, `/room/${newCode("fra")}`, { "X-Party-Probe": "1" }); // with an address it is a client's
+    expect(asked).toHaveLength(1);
+  });
+  test("an upgrade with a stale pin is taken here, and its join says Room not found", async () => {
+    await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
+    const guest = await Client.open(`${relay.url}/?instance=gone`, {
+      "fly-replay-failed": "instance=gone;reason=timeout",
+    });
+    expect(await guest.join("zzzzzz", "b")).toMatchObject({ code: "room_not_found" });
+  });
+  test("machines are read from TXT records that were cut at 255 bytes", () => {
+    const all = Array.from({ length: 20 }, (_, i) => `${String(i).padStart(14, "a")} fra`);
+    const text = all.join(",");
+    const cut = [text.slice(0, 255), text.slice(255)];
+    expect(parseMachines(cut).map((m) => `${m.id} ${m.region}`)).toEqual(all);
+    expect(parseMachines(["a fra", "b iad,c fra", "", "broken", "x;app=y fra"])).toEqual([
+      { id: "a", region: "fra" },
+      { id: "b", region: "iad" },
+      { id: "c", region: "fra" },
+    ]);
+  });
+});
+
+describe("configuration", () => {
+  const fault = (env: Record<string, string>): string => {
+    try {
+      configFromEnv(env);
+    } catch (thrown) {
+      if (thrown instanceof ConfigError) return thrown.message;
+      throw thrown;
+    }
+    return "";
+  };
+  test("has the defaults that the README lists", () => {
+    expect(configFromEnv({})).toMatchObject({
+      port: 3000,
+      instance: "",
+      region: "",
+      maxMessageBytes: 262144,
+      maxMessagesPerSecond: 200,
+      maxBufferedBytes: 1048576,
+      maxClientsPerRoom: 1000,
+      maxRooms: 10000,
+      maxConnections: 10000,
+      maxMissesPerMinute: 120,
+      drainSeconds: 8,
+      idleExitSeconds: 0,
+      dashboardUrl: undefined,
+      addressHeader: undefined,
+    });
+  });
+  const wrong: [Record<string, string>, RegExp][] = [
+    ...[
+      "PORT",
+      "MAX_MESSAGE_BYTES",
+      "MAX_MESSAGES_PER_SECOND",
+      "MAX_BUFFERED_BYTES",
+      "MAX_CLIENTS_PER_ROOM",
+      "MAX_ROOMS",
+      "MAX_CONNECTIONS",
+      "MAX_MISSES_PER_MINUTE",
+      "DRAIN_SECONDS",
+      "IDLE_EXIT_SECONDS",
+    ].map((name): [Record<string, string>, RegExp] => [
+      { [name]: "3000x" },
+      new RegExp(`^${name} must be a whole number from 0 to \\d+, not "3000x"$`),
+    ]),
+    [{ PORT: "70000" }, /^PORT must be a whole number from 0 to 65535, not "70000"$/],
+    [{ PORT: "-1" }, /PORT/],
+    [{ PORT: "1.5" }, /PORT/],
+    [{ MAX_ROOMS: "1e3" }, /MAX_ROOMS/],
+    [{ MAX_BUFFERED_BYTES: "1000000" }, /^MAX_BUFFERED_BYTES must be at least four times MAX_MESSAGE_BYTES/],
+    [{ FLY_REGION: "xyz" }, /append "xyz" to regions.ts/],
+    [{ FLY_APP_NAME: "a", FLY_MACHINE_ID: "m1", INSTANCE_ID: "m2" }, /INSTANCE_ID/],
+    [{ INSTANCE_ID: "a\nb" }, /INSTANCE_ID/],
+    [{ DASHBOARD_URL: "javascript:alert(1)" }, /DASHBOARD_URL/],
+    [{ ADDRESS_HEADER: "a b" }, /ADDRESS_HEADER/],
+    [{ LOG_FORMAT: "xml" }, /LOG_FORMAT/],
+    [{ PORT: "x", MAX_ROOMS: "y" }, /PORT.*\nMAX_ROOMS/],
+  ];
+  for (const [env, message] of wrong)
+    test(`says what is wrong with ${JSON.stringify(env)}`, () => expect(fault(env)).toMatch(message));
+  test("takes 0 as unlimited, and then has no quarrel between the two sizes", () => {
+    expect(fault({ MAX_MESSAGE_BYTES: "0" })).toBe("");
+    expect(fault({ MAX_BUFFERED_BYTES: "0" })).toBe("");
+  });
+  test("knows Fly.io's variables", () => {
+    expect(configFromEnv({ FLY_APP_NAME: "a", FLY_MACHINE_ID: "m1", FLY_REGION: "fra" })).toMatchObject({
+      instance: "m1",
+      region: "fra",
+      addressHeader: "Fly-Client-IP",
+      dashboardUrl: "https://fly-metrics.net/d/fly-app/fly-app?var-app=a",
+    });
+  });
+
+  const run = (env: Record<string, string>) =>
+    Bun.spawn(["bun", "run", "server.ts"], {
+      cwd: import.meta.dir,
+      env: { PATH: process.env.PATH ?? "", ...env },
+      stdout: "pipe",
+      stderr: "pipe",
+    });
+  test("`bun run server.ts` ends with a message where a variable is wrong, or the port is taken", async () => {
+    const bad = run({ PORT: "abc" });
+    expect([await bad.exited, await new Response(bad.stderr).text()]).toEqual([
+      1,
+      'PORT must be a whole number from 0 to 65535, not "abc"\n',
+    ]);
+    await using relay = testRelay();
+    const taken = run({ PORT: String(relay.port) });
+    expect([await taken.exited, await new Response(taken.stderr).text()]).toEqual([
+      1,
+      `Port ${relay.port} is in use\n`,
+    ]);
+  });
+});
+
+test("two relays in one process share nothing", async () => {
+  await using p = await party(0);
+  await using other = testRelay();
+  expect(await (await Client.open(other.url)).join(p.room, "b")).toMatchObject({ code: "room_not_found" });
+  expect(await (await fetch(other.url)).text()).toBe("rooms: 0\nclients: 0\n");
+});
