@@ -1080,7 +1080,7 @@ describe("stopping", () => {
 describe("room codes", () => {
   test("are 35 bits in base58, and name their region in the top five", () => {
     expect(encodeCode(0)).toBe("111111");
-    expect(encodeCode(2 ** 35 - 1)).toBe("sSMiML".length === 6 ? encodeCode(2 ** 35 - 1) : "");
+    expect(encodeCode(2 ** 35 - 1)).toBe("uMFe9C");
     for (const region of REGIONS) for (let i = 0; i < 20; i++) expect(regionOf(newCode(region))).toBe(region);
     expect(regionOf(encodeCode(31 * 2 ** 30))).toBeUndefined();
     expect(regionOf("zzzzzz")).toBeUndefined();
