@@ -477,7 +477,7 @@ const CONNECTS_AT_ONCE = 100; // below the 512 that a listen queue commonly hold
 const JOIN_SECONDS = 60; // for a whole phase of connecting
 const SETTLE_MS = 1000; // so long after the last delivery, what is missing is lost
 const MAX_ERRORS = 5;
-const BATCH_BYTES = 256 * 1024; // half a default window; four times it is a member's send buffer in the relay
+const WINDOW_BYTES = 256 * 1024; // a quarter of what the relay holds for a member before it cuts it
 const FULL_CORE = 0.9;
 const LATE_MS = 4; // the loop runs once a millisecond; more than a few and latencies are the tool's
 
@@ -493,6 +493,8 @@ class Member {
   parts: Buffer[] = []; // of a frame that isn't complete
   partsSize = 0;
   frameSize = 0; // what that frame needs, as far as known
+  header: Buffer | undefined; // of a message whose rest is still to come
+  toSkip = 0; // that rest, in bytes
   joined = Promise.withResolvers<void>();
 
   constructor(
@@ -521,6 +523,7 @@ class Run {
   readonly late = new Histogram();
   private readonly handlers;
   private readonly data: string;
+  private readonly headerInData: number;
   private readonly fan: number; // deliveries of a message
   private readonly batch: number; // messages of one write when saturating
   private readonly refillAt: number;
@@ -546,8 +549,9 @@ class Run {
     if (memberCount > MAX_MEMBERS) throw new UsageError(`at most ${MAX_MEMBERS} members`);
     this.senders = scenario.senders === "all" ? clients : scenario.senders;
     this.data = dataText(payload, bytes);
+    this.headerInData = this.data.indexOf(HEADER);
     this.fan = targeted ? 1 : clients - 1;
-    const window = scenario.window || Math.max(1, Math.min(16, Math.floor((2 * BATCH_BYTES) / bytes)));
+    const window = scenario.window || Math.max(1, Math.min(16, Math.floor(WINDOW_BYTES / bytes)));
     this.batch = Math.ceil(window / 2);
     this.refillAt = (window - this.batch) * this.fan;
     this.next = new Uint32Array(scenario.rooms * clients * this.senders);
@@ -906,7 +910,14 @@ class Run {
       if (!rest) return;
       bytes = rest;
     }
-    if (member.partsSize > 0) {
+    const now = microsNow();
+    let at = 0;
+    if (member.toSkip > 0) {
+      at = member.toSkip;
+      member.toSkip -= Math.min(at, bytes.length);
+      if (member.toSkip > 0) return;
+      this.delivery(member, member.header as Buffer, 0, now);
+    } else if (member.partsSize > 0) {
       member.parts.push(bytes);
       member.partsSize += bytes.length;
       if (member.partsSize < member.frameSize) return;
@@ -914,8 +925,6 @@ class Run {
       member.parts = [];
       member.partsSize = 0;
     }
-    const now = microsNow();
-    let at = 0;
     while (at < bytes.length) {
       const left = bytes.length - at;
       member.frameSize = 2;
@@ -930,28 +939,38 @@ class Run {
       }
       const end = start + size;
       member.frameSize = end - at;
-      if (end > bytes.length) break;
       const first = bytes[at] as number;
-      if (first !== (0x80 | TEXT)) this.control(member, first, bytes.subarray(start, end));
-      else if (!this.delivery(member, bytes, start, end, now))
-        this.answer(member, bytes.toString("utf8", start, end));
+      const header = first === (0x80 | TEXT) ? this.findHeader(bytes, start, end) : -1;
+      if (end > bytes.length) {
+        if (header < 0) break;
+        // Of a payload only the header is of interest: the rest is counted, not kept.
+        member.header = Buffer.from(bytes.subarray(header, header + HEADER.length));
+        member.toSkip = end - bytes.length;
+      } else if (header >= 0) this.delivery(member, bytes, header, now);
+      else if (first === (0x80 | TEXT)) this.answer(member, bytes.toString("utf8", start, end));
+      else this.control(member, first, bytes.subarray(start, end));
       at = end;
     }
     if (at < bytes.length) {
-      member.parts.push(at === 0 ? bytes : bytes.subarray(at));
+      member.parts.push(bytes.subarray(at));
       member.partsSize = bytes.length - at;
     }
     if (this.saturating) this.refill(member.room);
   }
 
-  /** Counts the frame if it carries a header, else gives false. */
-  private delivery(member: Member, bytes: Buffer, start: number, end: number, now: number): boolean {
-    // `data` is the last member of a `message`, or else the header is searched for.
-    let at = end - 1 - this.data.length + this.headerInData;
-    if (at < start || bytes[at] !== TILDE) {
-      at = bytes.indexOf(TILDE, start);
-      if (at < 0 || at + HEADER.length > end) return false;
-    }
+  /** Where the header is in a text frame whose payload is from `start` to `end`, the last part perhaps still missing; or -1. */
+  private findHeader(bytes: Buffer, start: number, end: number): number {
+    // Mostly `data` is the last member of a `message`.
+    const at = end - 1 - this.data.length + this.headerInData;
+    const last = Math.min(end, bytes.length) - HEADER.length;
+    if (at >= start && at <= last && bytes[at] === TILDE) return at;
+    if (end > bytes.length) return -1;
+    const found = bytes.subarray(start, end).indexOf(TILDE);
+    return found < 0 || start + found > last ? -1 : start + found;
+  }
+
+  /** Counts the message with the header at `at`, all of which has arrived at `now`. */
+  private delivery(member: Member, bytes: Buffer, at: number, now: number): void {
     const id =
       ((VALUE[bytes[at + 1] as number] as number) << 12) |
       ((VALUE[bytes[at + 2] as number] as number) << 6) |
@@ -966,7 +985,7 @@ class Run {
       (this.scenario.targeted ? this.targetOf(place) !== member.place : place === member.place)
     ) {
       this.astray++;
-      return true;
+      return;
     }
     this.delivered++;
     room.outstanding--;
@@ -974,11 +993,6 @@ class Run {
     const pair = member.id * this.senders + place;
     if (sequence === this.next[pair]) this.next[pair] = sequence + 1;
     else this.irregular(pair, sequence);
-    return true;
-  }
-
-  private get headerInData(): number {
-    return this.scenario.payload === "string" ? 1 : 6;
   }
 
   /** A sequence number that isn't the next one: some are skipped, or it is one of those, or it was here before. */
@@ -1349,7 +1363,7 @@ interface Curve {
   points: [x: number, y: number][];
 }
 
-/** A plot as SVG: x logarithmic with a label at each value, y from 0. */
+/** A plot as SVG: x logarithmic with a label at each value; y from 0, or logarithmic where the highest is over ten times the lowest. */
 export function plotSvg(
   title: string,
   subtitle: string,
@@ -1357,68 +1371,99 @@ export function plotSvg(
   yLabel: string,
   curves: Curve[],
 ): string {
-  const [width, height, left, right, top, bottom] = [760, 440, 70, 24, 76, 56];
+  const [width, height] = [760, 440];
+  const [left, right, top, bottom] = [70, 736, 76, 384]; // the axes' box
+  const inset = 30; // from the box to the first and the last value
   const colors = ["#0b62a4", "#c2410c"];
-  const escape = (text: string) => text.replace(/[&<>]/g, (sign) => `&#${sign.charCodeAt(0)};`);
   const points = curves.flatMap((curve) => curve.points);
   const xs = [...new Set(points.map(([x]) => x))].sort((a, b) => a - b);
-  const [first, last] = [Math.log(xs[0] ?? 1), Math.log(xs.at(-1) ?? 2)];
-  const highest = Math.max(...points.map(([, y]) => y)) * 1.1 || 1;
-  const magnitude = 10 ** Math.floor(Math.log10(highest / 5));
-  const step = ([1, 2, 5, 10].find((each) => each * magnitude * 5 >= highest) ?? 10) * magnitude;
-  const yMax = Math.ceil(highest / step) * step;
+  const ys = points.map(([, y]) => y);
+  const { ticks, part } = scale(Math.min(...ys), Math.max(...ys));
+  const [first, last] = [Math.log(xs[0] ?? 1), Math.log(xs.at(-1) ?? 1)];
   const x = (value: number) =>
-    left + ((Math.log(value) - first) / (last - first || 1)) * (width - left - right);
-  const y = (value: number) => height - bottom - (value / yMax) * (height - top - bottom);
-  const text = (at: [number, number], content: string, more = 'text-anchor="middle"') =>
-    `<text x="${at[0].toFixed(1)}" y="${at[1].toFixed(1)}" ${more}>${escape(content)}</text>`;
-  const line = (x1: number, y1: number, x2: number, y2: number, color: string) =>
-    `<line x1="${x1.toFixed(1)}" y1="${y1.toFixed(1)}" x2="${x2.toFixed(1)}" y2="${y2.toFixed(1)}" stroke="${color}"/>`;
+    left + inset + ((Math.log(value) - first) / (last - first || 1)) * (right - left - 2 * inset);
+  const y = (value: number) => bottom - part(value) * (bottom - top);
+
+  const escape = (text: string) => text.replace(/[&<>]/g, (sign) => `&#${sign.charCodeAt(0)};`);
+  const text = (x: number, y: number, content: string, style: string) =>
+    `<text x="${x.toFixed(1)}" y="${y.toFixed(1)}" ${style}>${escape(content)}</text>`;
+  const line = (x1: number, y1: number, x2: number, y2: number, of: string) =>
+    `<line x1="${x1.toFixed(1)}" y1="${y1.toFixed(1)}" x2="${x2.toFixed(1)}" y2="${y2.toFixed(1)}" stroke="${of}"/>`;
+  const middle = 'text-anchor="middle"';
 
   const parts = [
-    text([left, 24], title, 'font-size="16" font-weight="bold"'),
-    text([left, 42], subtitle, 'font-size="11" fill="#555"'),
+    text(left, 24, title, 'font-size="16" font-weight="bold"'),
+    text(left, 42, subtitle, 'font-size="11" fill="#555"'),
   ];
-  for (let tick = 0; tick <= yMax + step / 2; tick += step) {
+  for (const tick of ticks)
     parts.push(
-      line(left, y(tick), width - right, y(tick), tick === 0 ? "#333" : "#ddd"),
-      text([left - 8, y(tick) + 4], String(Number(tick.toPrecision(3))), 'text-anchor="end"'),
+      line(left, y(tick), right, y(tick), "#ddd"),
+      text(left - 8, y(tick) + 4, String(Number(tick.toPrecision(3))), 'text-anchor="end"'),
     );
-  }
   for (const value of xs)
     parts.push(
-      line(x(value), height - bottom, x(value), height - bottom + 5, "#333"),
-      text([x(value), height - bottom + 20], value.toLocaleString("en-US")),
+      line(x(value), bottom, x(value), bottom + 5, "#333"),
+      text(x(value), bottom + 20, value.toLocaleString("en-US"), middle),
     );
+  const turn = `transform="translate(18 ${(top + bottom) / 2}) rotate(-90)"`;
   parts.push(
-    line(left, top, left, height - bottom, "#333"),
-    text([(left + width - right) / 2, height - 12], xLabel),
-    text(
-      [0, 0],
-      yLabel,
-      `text-anchor="middle" transform="translate(18 ${(top + height - bottom) / 2}) rotate(-90)"`,
-    ),
+    line(left, top, left, bottom, "#333"),
+    line(left, bottom, right, bottom, "#333"),
+    text((left + right) / 2, height - 12, xLabel, middle),
+    text(0, 0, yLabel, `${middle} ${turn}`),
   );
   for (const [i, { name, points }] of curves.entries()) {
-    const color = colors[i % colors.length] as string;
+    const fill = `fill="${colors[i % colors.length]}"`;
     const path = points.map(([px, py]) => `${x(px).toFixed(1)},${y(py).toFixed(1)}`).join(" ");
-    parts.push(`<polyline points="${path}" fill="none" stroke="${color}" stroke-width="2"/>`);
-    for (const [px, py] of points)
+    parts.push(
+      `<polyline points="${path}" fill="none" stroke="${colors[i % colors.length]}" stroke-width="2"/>`,
+      text(left + i * 330, 62, `● ${name}`, `${fill} font-weight="bold"`),
+    );
+    for (const [px, py] of points) {
+      // Of two curves the lower one is labelled below, of equal ones the second.
+      const lower = curves.some((other, j) =>
+        other.points.some(([ox, oy]) => ox === px && (oy > py || (oy === py && j < i))),
+      );
       parts.push(
-        `<circle cx="${x(px).toFixed(1)}" cy="${y(py).toFixed(1)}" r="3.5" fill="${color}"/>`,
+        `<circle cx="${x(px).toFixed(1)}" cy="${y(py).toFixed(1)}" r="3.5" ${fill}/>`,
         text(
-          [x(px), y(py) + (i === 0 ? 18 : -9)],
+          x(px),
+          y(py) + (lower ? 18 : -9),
           String(Number(py.toPrecision(3))),
-          `text-anchor="middle" font-size="11" fill="${color}"`,
+          `${middle} font-size="11" ${fill}`,
         ),
       );
-    parts.push(text([left + i * 330, 62], `● ${name}`, `fill="${color}" font-weight="bold"`));
+    }
   }
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" font-family="sans-serif" font-size="12" fill="#222">
 <rect width="${width}" height="${height}" fill="#fff"/>
 ${parts.join("\n")}
 </svg>
 `;
+}
+
+/** An axis for values from `lowest` to `highest`: round ticks, and where on it a value is, from 0 to 1. */
+function scale(lowest: number, highest: number): { ticks: number[]; part: (value: number) => number } {
+  const ticks: number[] = [];
+  if (highest > 10 * lowest) {
+    let exponent = Math.floor(Math.log10(lowest));
+    do {
+      for (const step of [1, 2, 5]) ticks.push(step * 10 ** exponent);
+      exponent++;
+    } while ((ticks.at(-1) as number) < highest);
+    // The ticks around the values, and no more.
+    while ((ticks[1] ?? Infinity) <= lowest) ticks.shift();
+    while ((ticks.at(-2) ?? 0) >= highest) ticks.pop();
+    const from = Math.log(ticks[0] as number);
+    const to = Math.log(ticks.at(-1) as number);
+    return { ticks, part: (value) => (Math.log(value) - from) / (to - from) };
+  }
+  const rough = (highest * 1.1) / 5;
+  const magnitude = 10 ** Math.floor(Math.log10(rough));
+  const step = magnitude * ([1, 2, 5, 10].find((each) => each * magnitude >= rough) ?? 10);
+  const end = Math.ceil((highest * 1.1) / step) * step;
+  for (let tick = 0; tick <= end + step / 2; tick += step) ticks.push(tick);
+  return { ticks, part: (value) => value / end };
 }
 
 // ---------------------------------------------------------------- Main
