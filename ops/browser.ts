@@ -1,0 +1,24 @@
+/** A real browser for tests: headless Chromium, driven by Bun. */
+
+const chromium = ["chromium", "chromium-browser", "google-chrome-stable", "google-chrome"].find((name) =>
+  Bun.which(name),
+);
+
+/** Why tests in a browser skip; undefined where there is one. */
+export const whyNoBrowser = chromium === undefined ? " (skipped: no chromium on this machine)" : undefined;
+
+/** A new page. All pages of a process share one browser, and what it stores for an origin. */
+export function openPage(size: { width?: number; height?: number } = {}): Bun.WebView {
+  return new Bun.WebView({
+    ...size,
+    backend: {
+      type: "chrome",
+      argv: [
+        "--no-sandbox", // as root, which CI is
+        "--disable-dev-shm-usage",
+        "--disable-component-update", // nothing from outside
+        "--disable-sync",
+      ],
+    },
+  });
+}
