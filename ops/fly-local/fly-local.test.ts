@@ -1,5 +1,5 @@
 /** DNS and proxy on loopback, then whole Fly.ios with real relays. About 10 s. */
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, afterEach, beforeAll, describe, expect, test } from "bun:test";
 import type { Server } from "bun";
 import { Resolver } from "node:dns/promises";
 import { readdirSync } from "node:fs";
@@ -297,6 +297,11 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
     expect(namespaces(process.pid)).toEqual([]);
   });
 
+  afterEach(async () => {
+    fly.hangDns(false);
+    await Promise.all(fly.machines.map(({ id }) => fly.start(id)));
+  });
+
   const arriveAt = (id: string): Record<string, string> => ({ "fly-force-instance-id": id });
 
   async function createAt(id: string): Promise<{ host: Client; room: string }> {
@@ -305,8 +310,8 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
   }
 
   /** Status, and the machine that answered. */
-  async function lookUp(room: string, entry: string): Promise<[number, string | null]> {
-    const answer = await fetch(`${fly.url}/room/${room}`, { headers: arriveAt(entry) });
+  async function lookUp(room: string, entry: string, headers = {}): Promise<[number, string | null]> {
+    const answer = await fetch(`${fly.url}/room/${room}`, { headers: { ...arriveAt(entry), ...headers } });
     await answer.text();
     return [answer.status, answer.headers.get("X-Instance-Id")];
   }
@@ -407,7 +412,6 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
     await fly.crash(three);
     expect(await lookUp(room.room, one)).toEqual([200, five]);
     expect(await lookUp(newCode("fra"), one)).toEqual([404, one]);
-    await fly.start(three);
     await room.host.close();
   });
 
@@ -459,7 +463,19 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
     expect(events.slice(before)).toMatchObject([{ kind: "fallback", from: one, reason: "no_candidate" }]);
     expect(await joinAt(room, one)).toBe("Room not found");
     expect(events.slice(before)).toHaveLength(2);
-    await Promise.all([fly.start(two), fly.start(four)]);
+  });
+
+  test("send no request to another region twice, and none at all that a fallback brought back", async () => {
+    const [sibling, far] = [await createAt(three), await createAt(two)];
+    const replayed = { "fly-replay-src": `instance=${four};region=iad;t=1` };
+    const failed = { "fly-replay-failed": `instance=${three};reason=timeout;t=1` };
+    const before = events.length;
+    expect(await lookUp(far.room, one, replayed)).toEqual([404, one]);
+    expect(await lookUp(far.room, one, failed)).toEqual([404, one]);
+    expect(await lookUp(sibling.room, one, failed)).toEqual([404, one]);
+    expect(events.slice(before)).toEqual([]);
+    expect(await lookUp(sibling.room, one, replayed)).toEqual([200, three]);
+    await Promise.all([sibling.host.close(), far.host.close()]);
   });
 
   test("never answered with a replay that Fly.io forbids", () => {

@@ -184,17 +184,17 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
       },
       silence(id) {
         const machine = find(id);
+        if (!machine.silent) network.silence(machine.netName, true);
         machine.silent = true;
-        network.silence(machine.netName, true);
       },
       unlist(id) {
         find(id).listed = false;
       },
       async start(id) {
         const machine = find(id);
-        machine.silent = false;
         machine.listed = true;
-        network.silence(machine.netName, false);
+        if (machine.silent) network.silence(machine.netName, false);
+        machine.silent = false;
         if (machine.process === null) await launch(machine);
       },
       hangDns(hangs) {
