@@ -113,12 +113,14 @@ describe.concurrent("against a relay with one fault, exits with 1 and counts", (
     expect(exitCode).toBe(1);
   });
 
-  test("close, with its code", async () => {
+  test("close, with its code and all that its member misses", async () => {
     await using relay = faultyRelay("close");
     const { exitCode, result } = await load(
       ...["--url", `ws://localhost:${relay.port}`, "--rooms", "1", "--clients", "3", "--seconds", "0.3"],
     );
     expect(result).toMatchObject({ closed: { 1008: 1 }, ok: false });
+    expect(result.lost).toBeGreaterThan(1);
+    expect(result.lost).toBe(2 * result.sentInAll - result.deliveredInAll);
     expect(exitCode).toBe(1);
   });
 });
