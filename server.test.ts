@@ -2,16 +2,7 @@ import { describe, expect, test } from "bun:test";
 import { Client, TestClock, testRelay } from "./ops/testing.ts";
 import { REGIONS } from "./regions.ts";
 import type { Asked, ClientMessage, Config, Route } from "./server.ts";
-import {
-  addressKey,
-  configFromEnv,
-  ConfigError,
-  encodeCode,
-  newCode,
-  parseMachines,
-  regionOf,
-  route,
-} from "./server.ts";
+import { addressKey, configFromEnv, ConfigError, encodeCode, newCode, parseMachines, regionOf, route } from "./server.ts";
 
 /** A relay with a room of which `host` is the creator and `guests` the others, all greetings read. */
 async function party(guests: number, overrides: Partial<Config> = {}, options: object = {}) {
@@ -40,8 +31,7 @@ async function party(guests: number, overrides: Partial<Config> = {}, options: o
   };
 }
 
-const error = (message: string, code: string) =>
-  ({ type: "error", message, code }) as Record<string, unknown> & { type: string };
+const error = (message: string, code: string) => ({ type: "error", message, code }) as Record<string, unknown> & { type: string };
 const deep = (levels: number) => "[".repeat(levels) + "]".repeat(levels);
 /** A message that isn't well-formed, for the type checker's eyes. */
 const odd = (message: object) => message as unknown as ClientMessage;
@@ -74,11 +64,7 @@ describe("create", () => {
     ["an empty clientId", { clientId: "", maxClients: 2 }, "clientId is required"],
     ["a clientId that is a number", { clientId: 7, maxClients: 2 }, "clientId is required"],
     ["a clientId of 129 characters", { clientId: "x".repeat(129), maxClients: 2 }, "clientId is too long"],
-    [
-      "a clientId of 60,000 characters",
-      { clientId: "x".repeat(60_000), maxClients: 2 },
-      "clientId is too long",
-    ],
+    ["a clientId of 60,000 characters", { clientId: "x".repeat(60_000), maxClients: 2 }, "clientId is too long"],
     ["no maxClients", { clientId: "a" }, "maxClients must be a positive number"],
     ["maxClients 0", { clientId: "a", maxClients: 0 }, "maxClients must be a positive number"],
     ["maxClients -1", { clientId: "a", maxClients: -1 }, "maxClients must be a positive number"],
@@ -87,36 +73,12 @@ describe("create", () => {
     ["maxClients true", { clientId: "a", maxClients: true }, "maxClients must be a positive number"],
     ["maxClients null", { clientId: "a", maxClients: null }, "maxClients must be a positive number"],
     ["maxClients 1001", { clientId: "a", maxClients: 1001 }, "maxClients must be at most 1000"],
-    [
-      "linger 301",
-      { clientId: "a", maxClients: 2, linger: 301 },
-      "linger must be a whole number from 0 to 300",
-    ],
-    [
-      "linger null",
-      { clientId: "a", maxClients: 2, linger: null },
-      "linger must be a whole number from 0 to 300",
-    ],
-    [
-      "linger -1",
-      { clientId: "a", maxClients: 2, linger: -1 },
-      "linger must be a whole number from 0 to 300",
-    ],
-    [
-      "hostGrace 0",
-      { clientId: "a", maxClients: 2, hostGrace: 0 },
-      "hostGrace must be a whole number from 1 to 3600",
-    ],
-    [
-      "hostGrace 1.5",
-      { clientId: "a", maxClients: 2, hostGrace: 1.5 },
-      "hostGrace must be a whole number from 1 to 3600",
-    ],
-    [
-      "migrate 1",
-      { clientId: "a", maxClients: 2, hostGrace: 1, migrate: 1 },
-      "migrate must be true or false",
-    ],
+    ["linger 301", { clientId: "a", maxClients: 2, linger: 301 }, "linger must be a whole number from 0 to 300"],
+    ["linger null", { clientId: "a", maxClients: 2, linger: null }, "linger must be a whole number from 0 to 300"],
+    ["linger -1", { clientId: "a", maxClients: 2, linger: -1 }, "linger must be a whole number from 0 to 300"],
+    ["hostGrace 0", { clientId: "a", maxClients: 2, hostGrace: 0 }, "hostGrace must be a whole number from 1 to 3600"],
+    ["hostGrace 1.5", { clientId: "a", maxClients: 2, hostGrace: 1.5 }, "hostGrace must be a whole number from 1 to 3600"],
+    ["migrate 1", { clientId: "a", maxClients: 2, hostGrace: 1, migrate: 1 }, "migrate must be true or false"],
     ["migrate alone", { clientId: "a", maxClients: 2, migrate: true }, "migrate needs hostGrace"],
   ];
   for (const [what, fields, message] of refused) {
@@ -163,11 +125,7 @@ describe("create", () => {
       return await client.ask(odd({ type: "create", clientId: "a", maxClients: 2, url }));
     };
     test("is given filled in and normalized in created, joined and /room/:code", async () => {
-      await using p = await party(
-        0,
-        { instance: "m1" },
-        { url: "HTTPS://Play.example/../{room}?i={instance}" },
-      );
+      await using p = await party(0, { instance: "m1" }, { url: "HTTPS://Play.example/../{room}?i={instance}" });
       const url = `https://play.example/${p.room}?i=m1`;
       expect(await (await p.open()).join(p.room, "b")).toMatchObject({ url });
       expect(await (await p.get(`/room/${p.room}`)).json()).toMatchObject({ url });
@@ -208,23 +166,14 @@ describe("join", () => {
       index: 3,
       peers: [0, 1, 2],
     });
-    for (const other of [p.host, p.guest, p.second])
-      expect(await other.next()).toEqual({ type: "peer_joined", index: 3 });
+    for (const other of [p.host, p.guest, p.second]) expect(await other.next()).toEqual({ type: "peer_joined", index: 3 });
   });
 
   test("is told Room not found for an unknown code, and a code in the wrong case", async () => {
     await using p = await party(0);
     const guest = await p.open();
-    const swapped = p.room.replace(/[a-zA-Z]/, (c) =>
-      c === c.toLowerCase() ? c.toUpperCase() : c.toLowerCase(),
-    );
-    for (const room of [
-      "zzzzzz",
-      "__proto__",
-      "constructor",
-      "x".repeat(10_000),
-      ...(swapped === p.room ? [] : [swapped]),
-    ])
+    const swapped = p.room.replace(/[a-zA-Z]/, (c) => (c === c.toLowerCase() ? c.toUpperCase() : c.toLowerCase()));
+    for (const room of ["zzzzzz", "__proto__", "constructor", "x".repeat(10_000), ...(swapped === p.room ? [] : [swapped])])
       expect(await guest.join(room, "b")).toEqual(error("Room not found", "room_not_found"));
   });
 
@@ -232,9 +181,7 @@ describe("join", () => {
     test(`refuses ${JSON.stringify(room)} as a room`, async () => {
       await using p = await party(0);
       const guest = await p.open();
-      expect(await guest.ask(odd({ type: "join", clientId: "b", room }))).toEqual(
-        error("room is required", "bad_request"),
-      );
+      expect(await guest.ask(odd({ type: "join", clientId: "b", room }))).toEqual(error("room is required", "bad_request"));
     });
 
   test("refuses the one too many, and takes it once a place is free", async () => {
@@ -291,11 +238,7 @@ describe("join", () => {
 
   test("replaces in a full room, but resumes only where there is a place", async () => {
     await using relay = testRelay();
-    const [host, guest, other] = [
-      await Client.open(relay.url),
-      await Client.open(relay.url),
-      await Client.open(relay.url),
-    ];
+    const [host, guest, other] = [await Client.open(relay.url), await Client.open(relay.url), await Client.open(relay.url)];
     const room = await host.create(2);
     await guest.join(room, "b");
     const again = await Client.open(relay.url);
@@ -347,8 +290,7 @@ describe("send", () => {
   test("reaches everyone but the sender", async () => {
     await using p = await party(2);
     p.guest.send({ type: "send", data: { hi: 1 } });
-    for (const other of [p.host, p.second])
-      expect(await other.next()).toEqual({ type: "message", from: 1, data: { hi: 1 } });
+    for (const other of [p.host, p.second]) expect(await other.next()).toEqual({ type: "message", from: 1, data: { hi: 1 } });
     expect(await p.guest.soFar()).toEqual([]);
   });
 
@@ -364,9 +306,7 @@ describe("send", () => {
   for (const to of [7, -1, 1.5, "1", null, true, {}, 1e300, []])
     test(`is told Target peer not found for to: ${JSON.stringify(to)}`, async () => {
       await using p = await party(1);
-      expect(await p.host.ask(odd({ type: "send", data: 1, to }))).toEqual(
-        error("Target peer not found", "peer_not_found"),
-      );
+      expect(await p.host.ask(odd({ type: "send", data: 1, to }))).toEqual(error("Target peer not found", "peer_not_found"));
       expect(await p.guest.soFar()).toEqual([]);
     });
 
@@ -390,9 +330,7 @@ describe("send", () => {
   test("to several is refused whole where one is no index or there are more than 64", async () => {
     await using p = await party(1);
     for (const to of [[1, "1"], [1, null], [1, -1], Array.from({ length: 65 }, (_, i) => i)])
-      expect(await p.host.ask(odd({ type: "send", data: 1, to }))).toEqual(
-        error("Target peer not found", "peer_not_found"),
-      );
+      expect(await p.host.ask(odd({ type: "send", data: 1, to }))).toEqual(error("Target peer not found", "peer_not_found"));
     expect(await p.guest.soFar()).toEqual([]);
     p.host.send({ type: "send", data: 2, to: Array(500).fill(1) as number[] });
     expect(await p.guest.soFar()).toEqual([{ type: "message", from: 0, data: 2 }]);
@@ -605,20 +543,12 @@ describe("state", () => {
   });
   test("refusals: without data, over 16384 bytes, by a guest, outside a room", async () => {
     await using p = await party(1);
-    expect(await p.host.ask(odd({ type: "set_state" }))).toEqual(
-      error("State data is required", "bad_request"),
-    );
-    expect(await p.host.ask({ type: "set_state", data: "é".repeat(8192) })).toEqual(
-      error("State too large", "state_too_large"),
-    );
+    expect(await p.host.ask(odd({ type: "set_state" }))).toEqual(error("State data is required", "bad_request"));
+    expect(await p.host.ask({ type: "set_state", data: "é".repeat(8192) })).toEqual(error("State too large", "state_too_large"));
     p.host.send({ type: "set_state", data: "é".repeat(8191) });
     expect(await p.guest.next()).toMatchObject({ type: "state" });
-    expect(await p.guest.ask(odd({ type: "set_state" }))).toEqual(
-      error("Only the host can set state", "not_host"),
-    );
-    expect(await (await p.open()).ask(odd({ type: "set_state" }))).toEqual(
-      error("Not in a room", "not_in_room"),
-    );
+    expect(await p.guest.ask(odd({ type: "set_state" }))).toEqual(error("Only the host can set state", "not_host"));
+    expect(await (await p.open()).ask(odd({ type: "set_state" }))).toEqual(error("Not in a room", "not_in_room"));
   });
 });
 
@@ -634,9 +564,7 @@ describe("close_room", () => {
   });
   test("is the host's", async () => {
     await using p = await party(1);
-    expect(await p.guest.ask({ type: "close_room" })).toEqual(
-      error("Only the host can close the room", "not_host"),
-    );
+    expect(await p.guest.ask({ type: "close_room" })).toEqual(error("Only the host can close the room", "not_host"));
   });
 });
 
@@ -644,8 +572,7 @@ describe("set_room", () => {
   test("a locked room keeps strangers out and lets its own people back in", async () => {
     await using p = await party(1);
     p.host.send({ type: "set_room", locked: true });
-    for (const member of [p.host, p.guest])
-      expect(await member.next()).toEqual({ type: "room", locked: true, maxClients: 8 });
+    for (const member of [p.host, p.guest]) expect(await member.next()).toEqual({ type: "room", locked: true, maxClients: 8 });
     expect(await (await p.open()).join(p.room, "stranger")).toEqual(error("Room is locked", "room_locked"));
     await p.guest.close();
     expect(await (await p.open()).join(p.room, "guest-1")).toMatchObject({
@@ -689,8 +616,7 @@ describe("kick", () => {
     await using p = await party(2);
     p.host.send({ type: "kick", index: 1 });
     expect(await p.guest.closed).toEqual({ code: 4002, reason: "kicked" });
-    for (const other of [p.host, p.second])
-      expect(await other.next()).toEqual({ type: "peer_left", index: 1, reason: "kicked" });
+    for (const other of [p.host, p.second]) expect(await other.next()).toEqual({ type: "peer_left", index: 1, reason: "kicked" });
     expect(await (await p.open()).join(p.room, "guest-1")).toEqual(error("Kicked from room", "kicked"));
   });
   test("bars a vacant slot in silence, and a second kick is silent", async () => {
@@ -705,12 +631,8 @@ describe("kick", () => {
   test("refusals: never issued, no index, oneself, not the host", async () => {
     await using p = await party(1);
     for (const index of [2, 99, -1, "1", null, undefined, 0.5])
-      expect(await p.host.ask(odd({ type: "kick", index }))).toEqual(
-        error("Target peer not found", "peer_not_found"),
-      );
-    expect(await p.host.ask({ type: "kick", index: 0 })).toEqual(
-      error("Cannot kick yourself", "bad_request"),
-    );
+      expect(await p.host.ask(odd({ type: "kick", index }))).toEqual(error("Target peer not found", "peer_not_found"));
+    expect(await p.host.ask({ type: "kick", index: 0 })).toEqual(error("Cannot kick yourself", "bad_request"));
     expect(await p.guest.ask({ type: "kick", index: 0 })).toMatchObject({
       code: "not_host",
       message: expect.stringMatching(/^Only the host can /),
@@ -735,9 +657,7 @@ describe("set_host", () => {
     await p.guest.close();
     await p.host.next();
     for (const index of [1, 5, "0"])
-      expect(await p.host.ask(odd({ type: "set_host", index }))).toEqual(
-        error("Target peer not found", "peer_not_found"),
-      );
+      expect(await p.host.ask(odd({ type: "set_host", index }))).toEqual(error("Target peer not found", "peer_not_found"));
   });
 });
 
@@ -939,9 +859,7 @@ describe("HTTP", () => {
     const { allowedOrigins } = configFromEnv({ ALLOWED_ORIGINS: "https://a.example, https://b.example/" });
     await using relay = testRelay({ allowedOrigins });
     for (const path of ["/", "/health", "/room/x", "/%"])
-      expect(
-        await (await Client.open(relay.url + path, { Origin: "https://b.example" })).create(),
-      ).toHaveLength(6);
+      expect(await (await Client.open(relay.url + path, { Origin: "https://b.example" })).create()).toHaveLength(6);
     expect(await (await Client.open(relay.url)).create()).toHaveLength(6);
     expect(Client.open(relay.url, { Origin: "https://c.example" })).rejects.toThrow("refused");
   });
@@ -993,16 +911,10 @@ describe("misses", () => {
 describe("caps", () => {
   test("over MAX_ROOMS a lingering room gives way, and without one: Server full", async () => {
     await using relay = testRelay({ maxRooms: 2 });
-    const [a, b, c] = [
-      await Client.open(relay.url),
-      await Client.open(relay.url),
-      await Client.open(relay.url),
-    ];
+    const [a, b, c] = [await Client.open(relay.url), await Client.open(relay.url), await Client.open(relay.url)];
     await a.create();
     const lingering = await b.create(8, "b", { linger: 300 });
-    expect(await c.ask({ type: "create", clientId: "c", maxClients: 2 })).toEqual(
-      error("Server full", "capacity"),
-    );
+    expect(await c.ask({ type: "create", clientId: "c", maxClients: 2 })).toEqual(error("Server full", "capacity"));
     await b.close();
     expect(await c.create()).toHaveLength(6);
     expect((await fetch(`${relay.url}/room/${lingering}`)).status).toBe(404);
@@ -1031,9 +943,7 @@ describe("stopping", () => {
     const ended = p.relay.drain();
     for (const client of [p.host, p.guest, other, roomless])
       expect(await client.next()).toEqual({ type: "draining", seconds: 8 });
-    expect(await roomless.ask({ type: "create", clientId: "a", maxClients: 1 })).toEqual(
-      error("Server draining", "draining"),
-    );
+    expect(await roomless.ask({ type: "create", clientId: "a", maxClients: 1 })).toEqual(error("Server draining", "draining"));
     clock.advance(3_500);
     const late = await p.open();
     p.host.send({ type: "set_state", data: 1 });
@@ -1043,12 +953,10 @@ describe("stopping", () => {
     expect(await late.next()).toEqual({ type: "draining", seconds: 5 });
     expect((await p.get("/health")).status).toBe(200);
     clock.advance(2_600); // half of the last 4 s and a step
-    for (const member of [p.host, p.guest, late])
-      expect(await member.closed).toEqual({ code: 1012, reason: "restarting" });
+    for (const member of [p.host, p.guest, late]) expect(await member.closed).toEqual({ code: 1012, reason: "restarting" });
     expect(await other.soFar()).toEqual([]);
     clock.advance(2_000);
-    for (const member of [other, roomless])
-      expect(await member.closed).toEqual({ code: 1012, reason: "restarting" });
+    for (const member of [other, roomless]) expect(await member.closed).toEqual({ code: 1012, reason: "restarting" });
     clock.advance(1_000);
     expect(await ended).toBe("drained");
   });
@@ -1084,8 +992,7 @@ describe("room codes", () => {
     for (const region of REGIONS) for (let i = 0; i < 20; i++) expect(regionOf(newCode(region))).toBe(region);
     expect(regionOf(encodeCode(31 * 2 ** 30))).toBeUndefined();
     expect(regionOf("zzzzzz")).toBeUndefined();
-    for (const code of ["", "12345", "1234567", "12345O", "12345l", "%%%%%%"])
-      expect(regionOf(code)).toBeUndefined();
+    for (const code of ["", "12345", "1234567", "12345O", "12345l", "%%%%%%"]) expect(regionOf(code)).toBeUndefined();
   });
   test("don't repeat and use every row where no region is set", () => {
     const codes = Array.from({ length: 2000 }, () => newCode(undefined));
@@ -1124,11 +1031,7 @@ describe("route", () => {
       { path: "/x", query: "?a=%20b&instance=other&c=+", replayed: true },
       { redirect: "/x?a=%20b&c=+" },
     ],
-    [
-      "a failed pin",
-      { path: "//evil.example", query: "?instance=other", ...back },
-      { redirect: "/evil.example" },
-    ],
+    ["a failed pin", { path: "//evil.example", query: "?instance=other", ...back }, { redirect: "/evil.example" }],
     [
       "a failed pin with backslashes",
       { path: "/\\/\\evil.example", query: "?instance=other", ...back },
@@ -1148,25 +1051,13 @@ describe("route", () => {
     ["a sibling's question", { path: `/room/${here}`, probe: true }, "here"],
     ["a sibling's question about another region", { path: `/room/${away}`, probe: true }, "here"],
     ["something longer", { path: `/${away}/x` }, "here"],
-    [
-      "without Fly.io a pin",
-      { query: "?instance=other" },
-      "here",
-      { flyApp: undefined as unknown as string },
-    ],
+    ["without Fly.io a pin", { query: "?instance=other" }, "here", { flyApp: undefined as unknown as string }],
     ["without Fly.io a code", { path: `/room/${away}` }, "here", { flyApp: undefined as unknown as string }],
-    [
-      "without a region a code",
-      { path: `/room/${away}` },
-      "here",
-      { flyRegion: undefined as unknown as string },
-    ],
+    ["without a region a code", { path: `/room/${away}` }, "here", { flyRegion: undefined as unknown as string }],
   ];
   for (const [what, asked, decision, identity] of cases)
     test(`${what}: ${JSON.stringify(decision).slice(0, 60)}`, () => {
-      expect(route({ ...plain, ...asked }, { ...self, ...identity }, (code) => code === local)).toEqual(
-        decision,
-      );
+      expect(route({ ...plain, ...asked }, { ...self, ...identity }, (code) => code === local)).toEqual(decision);
     });
 });
 
@@ -1188,9 +1079,7 @@ describe("siblings", () => {
         const answer = answers[id];
         if (answer === "broken") return Promise.reject(new Error("refused"));
         if (answer !== "silent") return Promise.resolve(answer === true);
-        return new Promise((_, reject) =>
-          signal.addEventListener("abort", () => reject(new Error("aborted"))),
-        );
+        return new Promise((_, reject) => signal.addEventListener("abort", () => reject(new Error("aborted"))));
       },
     };
     return { asked, siblings };
@@ -1202,19 +1091,13 @@ describe("siblings", () => {
     const { siblings } = stub({ a: false, b: "silent", c: true });
     await using relay = testRelay({ ...fly, siblings });
     const answer = await look(relay.url, `/room/${newCode("fra")}`);
-    expect([answer.status, answer.headers.get("fly-replay")]).toEqual([
-      409,
-      "instance=c;timeout=5s;fallback=force_self",
-    ]);
+    expect([answer.status, answer.headers.get("fly-replay")]).toEqual([409, "instance=c;timeout=5s;fallback=force_self"]);
     expect(answer.headers.get("access-control-allow-origin")).toBe("*");
   });
   test("a code of another region is replayed there", async () => {
     await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
     const answer = await look(relay.url, `/room/${newCode("iad")}`);
-    expect([answer.status, answer.headers.get("fly-replay")]).toEqual([
-      409,
-      "region=iad;timeout=5s;fallback=force_self",
-    ]);
+    expect([answer.status, answer.headers.get("fly-replay")]).toEqual([409, "region=iad;timeout=5s;fallback=force_self"]);
   });
   test("OPTIONS is never replayed, and POST is 405", async () => {
     await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
@@ -1281,9 +1164,7 @@ describe("siblings", () => {
     const { asked, siblings } = stub({ a: true });
     await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 1 });
     for (let i = 0; i < 5; i++)
-      expect(
-        (await fetch(`${relay.url}/room/${newCode("fra")}`, { headers: { "X-Party-Probe": "1" } })).status,
-      ).toBe(404);
+      expect((await fetch(`${relay.url}/room/${newCode("fra")}`, { headers: { "X-Party-Probe": "1" } })).status).toBe(404);
     expect(asked).toEqual([]);
     await look(relay.url, `/room/${newCode("fra")}`, { "X-Party-Probe": "1" }); // with an address it is a client's
     expect(asked).toHaveLength(1);
@@ -1395,10 +1276,7 @@ describe("configuration", () => {
     ]);
     await using relay = testRelay();
     const taken = run({ PORT: String(relay.port) });
-    expect([await taken.exited, await new Response(taken.stderr).text()]).toEqual([
-      1,
-      `Port ${relay.port} is in use\n`,
-    ]);
+    expect([await taken.exited, await new Response(taken.stderr).text()]).toEqual([1, `Port ${relay.port} is in use\n`]);
   });
 });
 

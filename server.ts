@@ -25,121 +25,70 @@ import { REGIONS } from "./regions.ts";
 export type ClientMessage =
   | {
       type: "create";
-      /** 1 to 128 characters; the secret with which the slot is taken back. */
-      clientId: string;
-      /** Places in the room: a whole number from 1 to the server's limit. */
-      maxClients: number;
-      /** Seconds that the room outlives its last socket: 0 to 300; 0 where absent. */
-      linger?: number;
-      /** Seconds that the host's slot may be vacant while others are connected: 1 to 3600; no end where absent. */
-      hostGrace?: number;
-      /** After `hostGrace` the lowest connected slot becomes host instead of the room closing. Needs `hostGrace`. */
-      migrate?: boolean;
-      /** A controller page: an https URL of at most 512 bytes with `{room}` and `{instance}` to fill in. */
-      url?: string;
+      /** 1 to 128 characters: the secret with which the slot is taken back. */ clientId: string;
+      /** Places in the room: a whole number from 1 to the server's limit. */ maxClients: number;
+      /** Seconds that the room outlives its last socket: 0 (as where absent) to 300. */ linger?: number;
+      /** Seconds that the host may be away while others are connected: 1 to 3600; no end where absent. */ hostGrace?: number;
+      /** After `hostGrace` the lowest connected slot becomes host; the room doesn't close. Needs `hostGrace`. */ migrate?: boolean;
+      /** A controller page: an https URL of at most 512 bytes in which `{room}` and `{instance}` are filled in. */ url?: string;
     }
   | {
       type: "join";
-      /** As in `create`. A clientId that the room knows takes its own slot back. */
-      clientId: string;
-      /** The room's code. */
-      room: string;
+      /** As in `create`. A clientId that the room knows takes its own slot back. */ clientId: string;
+      /** The room's code. */ room: string;
     }
   | {
       type: "send";
-      /** Any JSON value; its text arrives as it was written. */
-      data: unknown;
-      /** One slot, or 1 to 64 of them; everyone but the sender where absent. */
-      to?: number | number[];
-      /** A broadcast that the sender gets too, in the same order as everyone. */
-      echo?: boolean;
+      /** Any JSON value; its text arrives as it was written. */ data: unknown;
+      /** One slot, or 1 to 64 of them; everyone but the sender where absent. */ to?: number | number[];
+      /** A broadcast that the sender gets too, in the same order as everyone. */ echo?: boolean;
     }
-  | {
-      type: "set_state";
-      /** Any JSON value of at most 16384 bytes: the snapshot that joiners get. */
-      data: unknown;
-    }
+  | { type: "set_state"; /** Any JSON value of at most 16384 bytes: the snapshot that joiners get. */ data: unknown }
   | { type: "close_room" }
   | {
       type: "set_room";
-      /** Whether clientIds that the room doesn't know are kept out. */
-      locked?: boolean;
-      /** As in `create`. Lowering it evicts nobody. */
-      maxClients?: number;
+      /** Whether clientIds that the room doesn't know are kept out. */ locked?: boolean;
+      /** As in `create`. Lowering it evicts nobody. */ maxClients?: number;
     }
-  | {
-      type: "kick";
-      /** The slot whose clientId is barred for the room's life. */
-      index: number;
-    }
-  | {
-      type: "set_host";
-      /** The connected slot that becomes host. */
-      index: number;
-    }
+  | { type: "kick"; /** The slot whose clientId is barred for the room's life. */ index: number }
+  | { type: "set_host"; /** The connected slot that becomes host. */ index: number }
   | { type: "leave" }
-  | {
-      type: "ping";
-      /** Any finite number; it comes back in `pong`. */
-      t?: number;
-    };
+  | { type: "ping"; /** Any finite number; it comes back in `pong`. */ t?: number };
 
 /** What the server sends: JSON text frames. Clients ignore types and members that they don't know. */
 export type ServerMessage =
   | {
       type: "created";
       room: string;
-      /** This machine's labels; empty where unset. */
-      instance: string;
+      /** This machine's labels; empty where unset. */ instance: string;
       region: string;
       index: 0;
-      /** The controller page, filled in, where `create` named one. */
-      url?: string;
+      /** The controller page, filled in, where `create` named one. */ url?: string;
     }
   | {
       type: "joined";
       room: string;
-      /** The slot of this socket. */
-      index: number;
-      /** The other connected slots, ascending. */
-      peers: number[];
-      /** The host's slot, where it isn't 0. */
-      host?: number;
-      /** There where the slot was this clientId's and vacant. */
-      resumed?: true;
-      /** There where the room is locked. */
-      locked?: true;
+      /** The slot of this socket. */ index: number;
+      /** The other connected slots, ascending. */ peers: number[];
+      /** The host's slot, where it isn't 0. */ host?: number;
+      /** There where the slot was this clientId's and vacant. */ resumed?: true;
+      /** There where the room is locked. */ locked?: true;
       url?: string;
     }
   | { type: "peer_joined"; index: number; resumed?: true }
-  | {
-      type: "peer_left";
-      index: number;
-      /** Absent where the socket just closed. */
-      reason?: "left" | "kicked";
-    }
+  | { type: "peer_left"; index: number; /** Absent where the socket just closed. */ reason?: "left" | "kicked" }
   | { type: "message"; from: number; data: unknown }
   | { type: "state"; data: unknown }
   | { type: "room"; locked: boolean; maxClients: number }
   | { type: "host"; index: number }
   | { type: "left"; room: string }
-  | {
-      type: "pong";
-      t?: number;
-      /** Server time, milliseconds since 1970. */
-      now: number;
-    }
-  | {
-      type: "draining";
-      /** Whole seconds until this server has closed every room, rounded up. */
-      seconds: number;
-    }
+  | { type: "pong"; t?: number; /** Server time, milliseconds since 1970. */ now: number }
+  | { type: "draining"; /** Whole seconds until every room is closed, rounded up. */ seconds: number }
   | {
       type: "error";
       message: string;
       code: ErrorCode;
-      /** The slots of a `send` to several that aren't connected, ascending. */
-      missing?: number[];
+      /** Of a `send` to several: who isn't there, ascending. */ missing?: number[];
     };
 
 /** The codes with which the server closes a socket itself. */
@@ -160,22 +109,10 @@ export const CloseCode = {
   KICKED: 4002,
 } as const;
 
+// prettier-ignore
 const ERROR_CODES = [
-  "bad_json",
-  "unknown_type",
-  "bad_request",
-  "already_in_room",
-  "not_in_room",
-  "not_host",
-  "room_not_found",
-  "room_full",
-  "room_locked",
-  "kicked",
-  "peer_not_found",
-  "state_too_large",
-  "draining",
-  "capacity",
-  "too_many_attempts",
+  "bad_json", "unknown_type", "bad_request", "already_in_room", "not_in_room", "not_host", "room_not_found", "room_full",
+  "room_locked", "kicked", "peer_not_found", "state_too_large", "draining", "capacity", "too_many_attempts",
 ] as const;
 
 /** The `code` of an `error`; one code can come with several messages. */
@@ -189,7 +126,18 @@ class Refusal {
   ) {}
 }
 const badRequest = (message: string): Refusal => new Refusal("bad_request", message);
+const BAD_JSON = new Refusal("bad_json", "Invalid JSON");
+const UNKNOWN_TYPE = new Refusal("unknown_type", "Unknown message type");
+const ALREADY_IN_ROOM = new Refusal("already_in_room", "Already in a room");
+const NOT_IN_ROOM = new Refusal("not_in_room", "Not in a room");
+const ROOM_NOT_FOUND = new Refusal("room_not_found", "Room not found");
+const ROOM_FULL = new Refusal("room_full", "Room is full");
+const ROOM_LOCKED = new Refusal("room_locked", "Room is locked");
+const KICKED = new Refusal("kicked", "Kicked from room");
 const PEER_NOT_FOUND = new Refusal("peer_not_found", "Target peer not found");
+const STATE_TOO_LARGE = new Refusal("state_too_large", "State too large");
+const DRAINING = new Refusal("draining", "Server draining");
+const CAPACITY = new Refusal("capacity", "Server full");
 const TOO_MANY_ATTEMPTS = new Refusal("too_many_attempts", "Too many attempts");
 
 /** A message as the handlers get it: `data` is the text that the client wrote. */
@@ -199,8 +147,7 @@ type Message<T extends MessageType> = Parsed<Extract<ClientMessage, { type: T }>
 type Fields = Record<string, unknown>;
 
 const frameOf = (message: ServerMessage): string => JSON.stringify(message);
-const messageFrame = (from: number, data: string): string =>
-  `{"type":"message","from":${from},"data":${data}}`;
+const messageFrame = (from: number, data: string): string => `{"type":"message","from":${from},"data":${data}}`;
 const stateFrame = (data: string): string => `{"type":"state","data":${data}}`;
 
 const isIndex = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
@@ -417,8 +364,7 @@ export const systemClock: Clock = {
 
 const logText: Log = (event, fields) =>
   console.log(["party-sockets", event, ...Object.entries(fields).map(([k, v]) => `${k}=${v}`)].join(" "));
-const logJson: Log = (event, fields) =>
-  console.log(JSON.stringify({ time: new Date().toISOString(), event, ...fields }));
+const logJson: Log = (event, fields) => console.log(JSON.stringify({ time: new Date().toISOString(), event, ...fields }));
 
 /**
  * Reads the environment; the only place that does.
@@ -466,19 +412,14 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   if (!/^[\x21-\x7e]{0,256}$/.test(config.instance))
     faults.push("INSTANCE_ID must be at most 256 visible ASCII characters: it is sent in a header");
   if (flyApp !== undefined && config.instance !== (text("FLY_MACHINE_ID") ?? ""))
-    faults.push(
-      "INSTANCE_ID must be left out, or equal FLY_MACHINE_ID, where FLY_APP_NAME is set: Fly.io routes by it",
-    );
+    faults.push("INSTANCE_ID must be left out, or equal FLY_MACHINE_ID, where FLY_APP_NAME is set: Fly.io routes by it");
   const position = flyRegion === undefined ? 0 : REGIONS.indexOf(flyRegion);
   if (position < 0 || position > 31)
-    faults.push(
-      `FLY_REGION ${JSON.stringify(flyRegion)} has no row: append ${JSON.stringify(flyRegion)} to regions.ts`,
-    );
+    faults.push(`FLY_REGION ${JSON.stringify(flyRegion)} has no row: append ${JSON.stringify(flyRegion)} to regions.ts`);
   if (config.dashboardUrl !== undefined) {
     const url = URL.parse(config.dashboardUrl);
     if (url?.protocol === "https:" || url?.protocol === "http:") config.dashboardUrl = url.href;
-    else
-      faults.push(`DASHBOARD_URL must be an http or https URL, not ${JSON.stringify(config.dashboardUrl)}`);
+    else faults.push(`DASHBOARD_URL must be an http or https URL, not ${JSON.stringify(config.dashboardUrl)}`);
   } else if (flyApp !== undefined)
     config.dashboardUrl = `https://fly-metrics.net/d/fly-app/fly-app?var-app=${encodeURIComponent(flyApp)}`;
   const origins = text("ALLOWED_ORIGINS");
@@ -488,8 +429,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     faults.push(`ADDRESS_HEADER must be a header's name, not ${JSON.stringify(config.addressHeader)}`);
   if (flyApp !== undefined) {
     config.addressHeader ??= "Fly-Client-IP";
-    if (flyRegion !== undefined)
-      config.siblings = flySiblings(flyApp, flyRegion, config.instance, config.port);
+    if (flyRegion !== undefined) config.siblings = flySiblings(flyApp, flyRegion, config.instance, config.port);
   }
   const format = text("LOG_FORMAT") ?? "text";
   if (format === "json") config.log = logJson;
@@ -721,8 +661,7 @@ function post(relay: Relay, send: Held): void {
     emptyOutbox(relay);
     return deliver(relay, send);
   }
-  if (relay.outbox.length === 0)
-    relay.cancelHold = relay.config.clock.after(HOLD_MS, () => emptyOutbox(relay));
+  if (relay.outbox.length === 0) relay.cancelHold = relay.config.clock.after(HOLD_MS, () => emptyOutbox(relay));
   relay.outbox.push(send);
   relay.outboxBytes += send.frame.length;
   if (relay.outboxBytes > HOLD_BYTES) emptyOutbox(relay);
@@ -737,11 +676,6 @@ function say(relay: Relay, socket: Socket, message: ServerMessage): void {
 function announce(relay: Relay, room: Room, message: ServerMessage, except?: Socket): void {
   emptyOutbox(relay);
   publish(relay, room, frameOf(message), except);
-}
-
-function refuse(relay: Relay, socket: Socket, { message, code, missing }: Refusal): void {
-  relay.errors[code]++;
-  say(relay, socket, { type: "error", message, code, missing });
 }
 
 /** Closes a socket from this side; frames of it that wait are discarded. */
@@ -860,8 +794,7 @@ function dropRoom(relay: Relay, room: Room): void {
 
 /** Ends a room and all its sockets at once. */
 function closeRoom(relay: Relay, room: Room, why: "room_closed" | "shutdown"): void {
-  const [code, reason] =
-    why === "room_closed" ? [CloseCode.ROOM_CLOSED, "room closed"] : [CloseCode.RESTARTING, "restarting"];
+  const [code, reason] = why === "room_closed" ? [CloseCode.ROOM_CLOSED, "room closed"] : [CloseCode.RESTARTING, "restarting"];
   for (const socket of [...room.connected.values()]) {
     stand(relay, socket, socket.data.slot as Slot, why);
     hangUp(relay, socket, code, reason);
@@ -873,18 +806,12 @@ function closeRoom(relay: Relay, room: Room, why: "room_closed" | "shutdown"): v
 // Messages: one row each, named as on the wire
 // ---------------------------------------------------------------------------------------------------------
 
-/** A message's fields are parsed into a well-formed message or the refusal; its handler trusts its argument. */
-type Row<T extends MessageType> = {
-  parse(fields: Fields, frame: string, config: Config): Message<T> | Refusal;
-} & (
-  | { who: "anyone"; handle(relay: Relay, socket: Socket, message: Message<T>, slot: Slot | undefined): void }
-  | { who: "member"; handle(relay: Relay, socket: Socket, message: Message<T>, slot: Slot): void }
-  | {
-      who: "host";
-      /** Completes "Only the host can …". */
-      act: string;
-      handle(relay: Relay, socket: Socket, message: Message<T>, slot: Slot): void;
-    }
+type Handler<T extends MessageType, S> = (relay: Relay, socket: Socket, message: Message<T>, slot: S) => Refusal | void;
+/** Fields are parsed into a well-formed message or the refusal; a handler trusts its argument. */
+type Row<T extends MessageType> = { parse(fields: Fields, frame: string, config: Config): Message<T> | Refusal } & (
+  | { who: "anyone"; handle: Handler<T, Slot | undefined> }
+  | { who: "member"; handle: Handler<T, Slot> }
+  | { who: "host"; /** Completes "Only the host can …". */ act: string; handle: Handler<T, Slot> }
 );
 
 function clientIdFault({ clientId }: Fields): Refusal | undefined {
@@ -905,20 +832,16 @@ function optionsFault({ linger, hostGrace, migrate, url }: Fields): Refusal | un
     return badRequest(`linger must be a whole number from 0 to ${LINGER_SECONDS}`);
   if (hostGrace !== undefined && !isWhole(hostGrace, 1, GRACE_SECONDS))
     return badRequest(`hostGrace must be a whole number from 1 to ${GRACE_SECONDS}`);
-  if (migrate !== undefined && typeof migrate !== "boolean")
-    return badRequest("migrate must be true or false");
+  if (migrate !== undefined && typeof migrate !== "boolean") return badRequest("migrate must be true or false");
   if (migrate === true && hostGrace === undefined) return badRequest("migrate needs hostGrace");
   if (url !== undefined && typeof url !== "string") return badRequest("url must be a string");
-  if (url !== undefined && Buffer.byteLength(url) > URL_BYTES)
-    return badRequest(`url must be at most ${URL_BYTES} bytes`);
+  if (url !== undefined && Buffer.byteLength(url) > URL_BYTES) return badRequest(`url must be at most ${URL_BYTES} bytes`);
   return undefined;
 }
 
 /** The controller page's address, or undefined where the template doesn't give an absolute https URL. */
 function fillUrl(template: string, room: string, instance: string): string | undefined {
-  const filled = template
-    .replaceAll("{room}", encodeURIComponent(room))
-    .replaceAll("{instance}", encodeURIComponent(instance));
+  const filled = template.replaceAll("{room}", encodeURIComponent(room)).replaceAll("{instance}", encodeURIComponent(instance));
   const url = /[{}]/.test(filled) ? null : URL.parse(filled);
   return url?.protocol === "https:" ? url.href : undefined;
 }
@@ -935,16 +858,10 @@ function placeForRoom(relay: Relay): boolean {
   if (maxRooms === 0 || relay.rooms.size < maxRooms) return true;
   capReached(relay, "rooms");
   let nearest: Room | undefined;
-  for (const room of relay.lingering)
-    if (nearest === undefined || room.waitEnds < nearest.waitEnds) nearest = room;
+  for (const room of relay.lingering) if (nearest === undefined || room.waitEnds < nearest.waitEnds) nearest = room;
   if (nearest === undefined) return false;
   dropRoom(relay, nearest);
   return true;
-}
-
-function tooManyAttempts(relay: Relay, socket: Socket): void {
-  refuse(relay, socket, TOO_MANY_ATTEMPTS);
-  hangUp(relay, socket, CloseCode.TOO_MANY_ATTEMPTS, "too many attempts");
 }
 
 const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
@@ -960,16 +877,10 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       while (relay.rooms.has(code)) code = newCode(flyRegion);
       const filled = url === undefined ? undefined : fillUrl(url, code, instance);
       if (url !== undefined && filled === undefined)
-        return refuse(
-          relay,
-          socket,
-          badRequest("url must be an absolute https URL with no braces but {room} and {instance}"),
-        );
-      if (slot !== undefined)
-        return refuse(relay, socket, new Refusal("already_in_room", "Already in a room"));
-      if (relay.drainEnds !== undefined)
-        return refuse(relay, socket, new Refusal("draining", "Server draining"));
-      if (!placeForRoom(relay)) return refuse(relay, socket, new Refusal("capacity", "Server full"));
+        return badRequest("url must be an absolute https URL with no braces but {room} and {instance}");
+      if (slot !== undefined) return ALREADY_IN_ROOM;
+      if (relay.drainEnds !== undefined) return DRAINING;
+      if (!placeForRoom(relay)) return CAPACITY;
       const origin = useOrigin(relay, socket.data.originName);
       const room: Room = {
         code,
@@ -1010,21 +921,16 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       return fields as Message<"join">;
     },
     handle(relay, socket, { clientId, room: code }, slot) {
-      if (slot !== undefined)
-        return refuse(relay, socket, new Refusal("already_in_room", "Already in a room"));
+      if (slot !== undefined) return ALREADY_IN_ROOM;
       const room = relay.rooms.get(code);
       const known = room?.known.get(clientId);
-      if (known === undefined && lockedOut(relay, socket.data.address)) return tooManyAttempts(relay, socket);
-      if (room === undefined) {
-        if (miss(relay, socket.data.address)) return tooManyAttempts(relay, socket);
-        return refuse(relay, socket, new Refusal("room_not_found", "Room not found"));
-      }
-      if (known?.barred) return refuse(relay, socket, new Refusal("kicked", "Kicked from room"));
-      if (known === undefined && room.locked)
-        return refuse(relay, socket, new Refusal("room_locked", "Room is locked"));
+      const { address } = socket.data;
+      if (known === undefined && lockedOut(relay, address)) return TOO_MANY_ATTEMPTS;
+      if (room === undefined) return miss(relay, address) ? TOO_MANY_ATTEMPTS : ROOM_NOT_FOUND;
+      if (known?.barred) return KICKED;
+      if (known === undefined && room.locked) return ROOM_LOCKED;
       const old = known && room.connected.get(known.index);
-      if (old === undefined && room.connected.size >= room.maxClients)
-        return refuse(relay, socket, new Refusal("room_full", "Room is full"));
+      if (old === undefined && room.connected.size >= room.maxClients) return ROOM_FULL;
 
       const mine = known ?? addSlot(room, clientId);
       if (old !== undefined) {
@@ -1048,8 +954,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       });
       if (room.state !== undefined) write(relay, socket, room.state);
       tellDraining(relay, socket);
-      if (old === undefined)
-        announce(relay, room, { type: "peer_joined", index: mine.index, resumed }, socket);
+      if (old === undefined) announce(relay, room, { type: "peer_joined", index: mine.index, resumed }, socket);
     },
   },
 
@@ -1062,17 +967,15 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     },
     handle(relay, socket, { data, to, echo }, { index, room }) {
       const frame = messageFrame(index, data);
-      if (to === undefined)
-        return post(relay, { from: socket, room, frame, to: undefined, echo: echo === true });
+      if (to === undefined) return post(relay, { from: socket, room, frame, to: undefined, echo: echo === true });
       const wanted = Array.isArray(to) ? [...new Set(to)] : [to];
-      if (wanted.length < 1 || wanted.length > TARGETS || !wanted.every(isIndex))
-        return refuse(relay, socket, PEER_NOT_FOUND);
+      if (wanted.length < 1 || wanted.length > TARGETS || !wanted.every(isIndex)) return PEER_NOT_FOUND;
       const found = wanted.flatMap((target) => room.connected.get(target) ?? []);
       if (found.length > 0) post(relay, { from: socket, room, frame, to: found, echo: false });
       if (found.length === wanted.length) return;
       const missing = wanted.filter((target) => !room.connected.has(target)).sort((a, b) => a - b);
       const { code, message } = PEER_NOT_FOUND;
-      refuse(relay, socket, Array.isArray(to) ? new Refusal(code, message, missing) : PEER_NOT_FOUND);
+      return Array.isArray(to) ? new Refusal(code, message, missing) : PEER_NOT_FOUND;
     },
   },
 
@@ -1082,7 +985,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     parse(_, frame) {
       const data = memberText(frame, "data");
       if (data === undefined) return badRequest("State data is required");
-      if (Buffer.byteLength(data) > STATE_BYTES) return new Refusal("state_too_large", "State too large");
+      if (Buffer.byteLength(data) > STATE_BYTES) return STATE_TOO_LARGE;
       return { type: "set_state", data };
     },
     handle(relay, socket, { data }, { room }) {
@@ -1104,8 +1007,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     act: "change the room",
     parse(fields, _, config) {
       const { locked, maxClients } = fields;
-      if (locked !== undefined && typeof locked !== "boolean")
-        return badRequest("locked must be true or false");
+      if (locked !== undefined && typeof locked !== "boolean") return badRequest("locked must be true or false");
       const fault = maxClients === undefined ? undefined : maxClientsFault(fields, config);
       return fault ?? (fields as Message<"set_room">);
     },
@@ -1120,9 +1022,9 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     who: "host",
     act: "kick",
     parse: ({ index }) => (isIndex(index) ? { type: "kick", index } : PEER_NOT_FOUND),
-    handle(relay, socket, { index }, { index: own, room }) {
-      if (index >= room.nextIndex) return refuse(relay, socket, PEER_NOT_FOUND);
-      if (index === own) return refuse(relay, socket, badRequest("Cannot kick yourself"));
+    handle(relay, _, { index }, { index: own, room }) {
+      if (index >= room.nextIndex) return PEER_NOT_FOUND;
+      if (index === own) return badRequest("Cannot kick yourself");
       const target = room.connected.get(index);
       const slot = target?.data.slot ?? room.absent.values().find((gone) => gone.index === index);
       if (slot === undefined || slot.barred) return;
@@ -1137,8 +1039,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     who: "host",
     act: "hand on the host's role",
     parse: ({ index }) => (isIndex(index) ? { type: "set_host", index } : PEER_NOT_FOUND),
-    handle(relay, socket, { index }, { index: own, room }) {
-      if (!room.connected.has(index)) return refuse(relay, socket, PEER_NOT_FOUND);
+    handle(relay, _, { index }, { index: own, room }) {
+      if (!room.connected.has(index)) return PEER_NOT_FOUND;
       if (index === own) return;
       room.host = index;
       announce(relay, room, { type: "host", index });
@@ -1163,40 +1065,41 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
   },
 };
 
-const BAD_JSON = new Refusal("bad_json", "Invalid JSON");
-const UNKNOWN_TYPE = new Refusal("unknown_type", "Unknown message type");
-const NOT_IN_ROOM = new Refusal("not_in_room", "Not in a room");
-
 function parseObject(frame: string | Buffer): Fields | undefined {
   if (typeof frame !== "string") return undefined;
   try {
     const value: unknown = JSON.parse(frame);
-    return typeof value === "object" && value !== null && !Array.isArray(value)
-      ? (value as Fields)
-      : undefined;
+    return typeof value === "object" && value !== null && !Array.isArray(value) ? (value as Fields) : undefined;
   } catch {
     return undefined;
   }
 }
 
-/** Does what one frame asks for. */
+/** Does what one frame asks for; the only place that refuses. */
 function handle(relay: Relay, socket: Socket, frame: string | Buffer): void {
+  const refusal = perform(relay, socket, frame);
+  if (refusal === undefined) return;
+  const { message, code, missing } = refusal;
+  relay.errors[code]++;
+  say(relay, socket, { type: "error", message, code, missing });
+  if (refusal === TOO_MANY_ATTEMPTS) hangUp(relay, socket, CloseCode.TOO_MANY_ATTEMPTS, "too many attempts");
+}
+
+function perform(relay: Relay, socket: Socket, frame: string | Buffer): Refusal | void {
   const { slot } = socket.data;
   if (slot !== undefined && typeof frame === "string") {
     const send = parsePlainSend(frame);
     if (send !== undefined) return MESSAGES.send.handle(relay, socket, send, slot);
   }
   const fields = parseObject(frame);
-  if (fields === undefined) return refuse(relay, socket, BAD_JSON);
+  if (fields === undefined) return BAD_JSON;
   const { type } = fields;
-  if (typeof type !== "string" || !Object.hasOwn(MESSAGES, type)) return refuse(relay, socket, UNKNOWN_TYPE);
+  if (typeof type !== "string" || !Object.hasOwn(MESSAGES, type)) return UNKNOWN_TYPE;
   const row = MESSAGES[type as MessageType] as Row<MessageType>;
-  if (row.who !== "anyone" && slot === undefined) return refuse(relay, socket, NOT_IN_ROOM);
-  if (row.who === "host" && slot?.index !== slot?.room.host)
-    return refuse(relay, socket, new Refusal("not_host", `Only the host can ${row.act}`));
+  if (row.who !== "anyone" && slot === undefined) return NOT_IN_ROOM;
+  if (row.who === "host" && slot?.index !== slot?.room.host) return new Refusal("not_host", `Only the host can ${row.act}`);
   const message = row.parse(fields, frame as string, relay.config);
-  if (message instanceof Refusal) return refuse(relay, socket, message);
-  row.handle(relay, socket, message, slot as Slot);
+  return message instanceof Refusal ? message : row.handle(relay, socket, message, slot as Slot);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1206,6 +1109,7 @@ function handle(relay: Relay, socket: Socket, frame: string | Buffer): void {
 function opened(relay: Relay, socket: Socket): void {
   const { clock, maxConnections } = relay.config;
   relay.sockets.add(socket);
+  if (relay.ending) return hangUp(relay, socket, CloseCode.RESTARTING, "restarting");
   relay.cancelIdle();
   relay.connectionsTotal++;
   socket.data.origin.connections++;
@@ -1414,8 +1318,7 @@ export type Asked = {
 };
 
 /** Where a request is answered. */
-export type Route =
-  "here" | { redirect: string } | { instance: string } | { region: string } | { searchSiblings: string };
+export type Route = "here" | { redirect: string } | { instance: string } | { region: string } | { searchSiblings: string };
 
 /** The code that a path asks for, as it stands there. */
 function codeInPath(path: string): string | undefined {
@@ -1559,12 +1462,7 @@ export function parseMachines(texts: readonly string[]): { id: string; region: s
 // ---------------------------------------------------------------------------------------------------------
 
 type Sample = [labels: Record<string, string>, value: number];
-type Metric = {
-  name: string;
-  type: "gauge" | "counter";
-  help: string;
-  read(relay: Relay): number | Sample[];
-};
+type Metric = [type: "gauge" | "counter", name: string, help: string, read: (relay: Relay) => number | Sample[]];
 
 const by = (label: string, counts: Record<string, number>): Sample[] =>
   Object.entries(counts).map(([key, value]) => [{ [label]: key }, value]);
@@ -1582,140 +1480,59 @@ function byOrigin(relay: Relay, key: Exclude<keyof Origin, "name">, total: numbe
   return rest > 0 ? [...samples, [{ origin: OTHER_ORIGINS }, rest]] : samples;
 }
 
+// prettier-ignore
 const METRICS: readonly Metric[] = [
-  {
-    name: "party_sockets_clients",
-    type: "gauge",
-    help: "Connected members of all rooms",
-    read: (relay) => relay.clients,
-  },
-  {
-    name: "party_sockets_rooms",
-    type: "gauge",
-    help: "Rooms, lingering ones included",
-    read: (relay) => relay.rooms.size,
-  },
-  {
-    name: "party_sockets_clients_by_origin",
-    type: "gauge",
-    help: "Connected members by the Origin header of their socket",
-    read: (relay) => byOrigin(relay, "clients", relay.clients),
-  },
-  {
-    name: "party_sockets_rooms_by_origin",
-    type: "gauge",
-    help: "Rooms by the Origin header of their creator",
-    read: (relay) => byOrigin(relay, "rooms", relay.rooms.size),
-  },
-  {
-    name: "party_sockets_connections_total",
-    type: "counter",
-    help: "WebSockets opened",
-    read: (relay) => byOrigin(relay, "connections", relay.connectionsTotal),
-  },
-  {
-    name: "party_sockets_rooms_created_total",
-    type: "counter",
-    help: "Rooms created",
-    read: (relay) => byOrigin(relay, "created", relay.createdTotal),
-  },
-  {
-    name: "party_sockets_origins_tracked",
-    type: "gauge",
-    help: `Origin headers remembered, at most ${ORIGINS_KEPT}`,
-    read: (relay) => relay.origins.size,
-  },
-  {
-    name: "party_sockets_messages_total",
-    type: "counter",
-    help: "Frames received (in) and delivered (out)",
-    read: (relay) => by("direction", { in: relay.messagesIn, out: relay.messagesOut }),
-  },
-  {
-    name: "party_sockets_bytes_total",
-    type: "counter",
-    help: "Bytes of payload received (in) and delivered (out)",
-    read: (relay) => by("direction", { in: relay.bytesIn, out: relay.bytesOut }),
-  },
-  {
-    name: "party_sockets_errors_total",
-    type: "counter",
-    help: "Refusals by code; internal: exceptions in the relay",
-    read: (relay) => by("code", relay.errors),
-  },
-  {
-    name: "party_sockets_joins_total",
-    type: "counter",
-    help: "Slots taken: new, resumed after a vacancy, replaced while connected",
-    read: (relay) => by("kind", relay.joins),
-  },
-  {
-    name: "party_sockets_disconnects_total",
-    type: "counter",
-    help: "Members gone by reason; slow (cut for backpressure) is best effort",
-    read: (relay) => by("reason", relay.disconnects),
-  },
-  {
-    name: "party_sockets_replays_total",
-    type: "counter",
-    help: "Requests sent on: to a pinned instance, a region, a sibling; stale: a pin whose machine is gone; failed: came back",
-    read: (relay) => by("outcome", relay.replays),
-  },
-  {
-    name: "party_sockets_probes_total",
-    type: "counter",
-    help: "Siblings asked for a room, by what they answered",
-    read: (relay) => by("outcome", relay.probes),
-  },
-  {
-    name: "party_sockets_paused_total",
-    type: "counter",
-    help: "Times that a socket was paused for sending too fast",
-    read: (relay) => relay.pausedTotal,
-  },
-  {
-    name: "party_sockets_draining",
-    type: "gauge",
-    help: "1 after a stop signal",
-    read: (relay) => (relay.drainEnds === undefined ? 0 : 1),
-  },
-  {
-    name: "party_sockets_event_loop_lag_seconds",
-    type: "gauge",
-    help: `Worst delay of a timer in the past ${(LAG_MS * LAG_SAMPLES) / 1000} s`,
-    read: (relay) => Math.max(0, ...relay.lag) / 1000,
-  },
-  {
-    name: "process_resident_memory_bytes",
-    type: "gauge",
-    help: "Memory that the process occupies",
-    read: () => process.memoryUsage.rss(),
-  },
-  {
-    name: "process_heap_used_bytes",
-    type: "gauge",
-    help: "JavaScript heap in use",
-    read: () => heapSize(),
-  },
-  {
-    name: "process_uptime_seconds",
-    type: "gauge",
-    help: "Seconds since the relay started",
-    read: (relay) => (relay.config.clock.now() - relay.startedAt) / 1000,
-  },
+  ["gauge", "party_sockets_clients", "Connected members of all rooms",
+    (relay) => relay.clients],
+  ["gauge", "party_sockets_rooms", "Rooms, lingering ones included",
+    (relay) => relay.rooms.size],
+  ["gauge", "party_sockets_clients_by_origin", "Connected members by the Origin header of their socket",
+    (relay) => byOrigin(relay, "clients", relay.clients)],
+  ["gauge", "party_sockets_rooms_by_origin", "Rooms by the Origin header of their creator",
+    (relay) => byOrigin(relay, "rooms", relay.rooms.size)],
+  ["counter", "party_sockets_connections_total", "WebSockets opened",
+    (relay) => byOrigin(relay, "connections", relay.connectionsTotal)],
+  ["counter", "party_sockets_rooms_created_total", "Rooms created",
+    (relay) => byOrigin(relay, "created", relay.createdTotal)],
+  ["gauge", "party_sockets_origins_tracked", `Origin headers remembered, at most ${ORIGINS_KEPT}`,
+    (relay) => relay.origins.size],
+  ["counter", "party_sockets_messages_total", "Frames received (in) and delivered (out)",
+    (relay) => by("direction", { in: relay.messagesIn, out: relay.messagesOut })],
+  ["counter", "party_sockets_bytes_total", "Bytes of payload received (in) and delivered (out)",
+    (relay) => by("direction", { in: relay.bytesIn, out: relay.bytesOut })],
+  ["counter", "party_sockets_errors_total", "Refusals by code; internal: exceptions in the relay",
+    (relay) => by("code", relay.errors)],
+  ["counter", "party_sockets_joins_total", "Slots taken: new, resumed after a vacancy, replaced while connected",
+    (relay) => by("kind", relay.joins)],
+  ["counter", "party_sockets_disconnects_total", "Members gone by reason; slow (cut for backpressure) is best effort",
+    (relay) => by("reason", relay.disconnects)],
+  ["counter", "party_sockets_replays_total", "Requests sent on: to a pinned instance, a region, a sibling; stale: a pin whose machine is gone; failed: came back",
+    (relay) => by("outcome", relay.replays)],
+  ["counter", "party_sockets_probes_total", "Siblings asked for a room, by what they answered",
+    (relay) => by("outcome", relay.probes)],
+  ["counter", "party_sockets_paused_total", "Times that a socket was paused for sending too fast",
+    (relay) => relay.pausedTotal],
+  ["gauge", "party_sockets_draining", "1 after a stop signal",
+    (relay) => (relay.drainEnds === undefined ? 0 : 1)],
+  ["gauge", "party_sockets_event_loop_lag_seconds", `Worst delay of a timer in the past ${(LAG_MS * LAG_SAMPLES) / 1000} s`,
+    (relay) => Math.max(0, ...relay.lag) / 1000],
+  ["gauge", "process_resident_memory_bytes", "Memory that the process occupies",
+    () => process.memoryUsage.rss()],
+  ["gauge", "process_heap_used_bytes", "JavaScript heap in use",
+    () => heapSize()],
+  ["gauge", "process_uptime_seconds", "Seconds since the relay started",
+    (relay) => (relay.config.clock.now() - relay.startedAt) / 1000],
 ];
 
 function metricsText(relay: Relay): string {
   const { instance, region } = relay.config;
   const common = { instance: instance || "local", region: region.toUpperCase() || "local", version };
   const lines: string[] = [];
-  for (const { name, type, help, read } of METRICS) {
+  for (const [type, name, help, read] of METRICS) {
     lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`);
     const value = read(relay);
     for (const [labels, sample] of Array.isArray(value) ? value : [[{}, value] as Sample]) {
-      const pairs = Object.entries({ ...common, ...labels }).map(
-        ([key, text]) => `${key}="${escapeLabel(text)}"`,
-      );
+      const pairs = Object.entries({ ...common, ...labels }).map(([key, text]) => `${key}="${escapeLabel(text)}"`);
       lines.push(`${name}{${pairs.join(",")}} ${sample}`);
     }
   }
@@ -1759,19 +1576,14 @@ function reply(status: number, body: string | object, headers: Record<string, st
 }
 
 /** Answers one HTTP request; undefined where it became a WebSocket. */
-async function answer(
-  relay: Relay,
-  request: Request,
-  server: Server<Session>,
-): Promise<Response | undefined> {
+async function answer(relay: Relay, request: Request, server: Server<Session>): Promise<Response | undefined> {
   const { config } = relay;
   const { method, headers } = request;
   if (method === "OPTIONS") {
     const preflight = { "Access-Control-Allow-Methods": METHODS, "Access-Control-Allow-Headers": "*" };
     return reply(204, "", { ...preflight, "Access-Control-Max-Age": "86400", Allow: METHODS });
   }
-  if (method !== "GET" && method !== "HEAD")
-    return reply(405, { error: "Method not allowed" }, { Allow: METHODS });
+  if (method !== "GET" && method !== "HEAD") return reply(405, { error: "Method not allowed" }, { Allow: METHODS });
 
   const peer = server.requestIP(request)?.address ?? "";
   const named = config.addressHeader === undefined ? null : headers.get(config.addressHeader);
@@ -1814,8 +1626,7 @@ async function answer(
 
   if (upgrade) return takeUpgrade(relay, request, server, address);
   if (path === "/health") return reply(200, { status: "ok" });
-  if (path === "/metrics")
-    return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
+  if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
   if (code !== undefined) return roomAnswer(relay, code, probe ? undefined : address);
   if (config.dashboardUrl !== undefined) return reply(302, "", { Location: config.dashboardUrl });
   return reply(200, `rooms: ${relay.rooms.size}\nclients: ${relay.clients}\n`);
@@ -1839,12 +1650,7 @@ function roomAnswer(relay: Relay, code: string, address: string | undefined): Re
   return reply(200, { ...known, locked: locked || undefined, url }, headers);
 }
 
-function takeUpgrade(
-  relay: Relay,
-  request: Request,
-  server: Server<Session>,
-  address: string,
-): Response | undefined {
+function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string): Response | undefined {
   const origin = request.headers.get("origin");
   const { allowedOrigins } = relay.config;
   if (origin !== null && allowedOrigins !== undefined && !allowedOrigins.has(origin.toLowerCase()))
@@ -1867,8 +1673,8 @@ function drain(relay: Relay): void {
   relay.drainEnds = begun + drainSeconds * 1000;
   relay.cancelIdle();
   log("drain begins", { rooms: relay.rooms.size, clients: relay.clients, seconds: drainSeconds });
-  for (const room of relay.lingering) dropRoom(relay, room);
   for (const socket of relay.sockets) tellDraining(relay, socket);
+  for (const room of relay.lingering) dropRoom(relay, room);
   if (relay.rooms.size === 0) return end(relay, "drained");
   const closingMs = Math.min(CLOSING_SECONDS, drainSeconds / 2) * 1000;
   const closingBegins = relay.drainEnds - closingMs;
@@ -1951,7 +1757,10 @@ export function startRelay(config: Config): RelayHandle {
       open: (socket) => opened(relay, socket),
       message: (socket, frame) => received(relay, socket, frame),
       pong: (socket) => heard(socket, config.clock.now()),
-      ping: (socket) => heard(socket, config.clock.now()),
+      ping(socket) {
+        heard(socket, config.clock.now());
+        if (socket.data.queue === undefined) takeToken(relay, socket); // each costs a pong
+      },
       close: (socket, code) => closed(relay, socket, code),
       error(error, socket) {
         reportException(relay, error);
@@ -1975,6 +1784,7 @@ export function startRelay(config: Config): RelayHandle {
     report: (error) => reportException(relay, error),
     async [Symbol.asyncDispose]() {
       relay.ending = true;
+      relay.drainEnds ??= config.clock.now(); // no room lingers
       await relay.server.stop(true);
     },
   };
@@ -1983,9 +1793,7 @@ export function startRelay(config: Config): RelayHandle {
 /** The limits that differ from their defaults. */
 function changedLimits(config: Config): Record<string, number> {
   const names = Object.keys(LIMITS) as (keyof typeof LIMITS)[];
-  return Object.fromEntries(
-    names.filter((name) => config[name] !== LIMITS[name]).map((name) => [name, config[name]]),
-  );
+  return Object.fromEntries(names.filter((name) => config[name] !== LIMITS[name]).map((name) => [name, config[name]]));
 }
 
 async function main(): Promise<void> {

@@ -1,8 +1,6 @@
 /** A real browser for tests: headless Chromium, driven by Bun. */
 
-const chromium = ["chromium", "chromium-browser", "google-chrome-stable", "google-chrome"].find((name) =>
-  Bun.which(name),
-);
+const chromium = ["chromium", "chromium-browser", "google-chrome-stable", "google-chrome"].find((name) => Bun.which(name));
 
 /** Why tests in a browser skip; undefined where there is one. */
 export const whyNoBrowser = chromium === undefined ? " (skipped: no chromium on this machine)" : undefined;

@@ -13,8 +13,7 @@ test.skipIf(whyNoBrowser !== undefined)(
     await using relay = testRelay({ instance: "m1" });
     using site = Bun.serve({
       port: 0,
-      fetch: () =>
-        new Response("<!doctype html><title>a game</title>", { headers: { "Content-Type": "text/html" } }),
+      fetch: () => new Response("<!doctype html><title>a game</title>", { headers: { "Content-Type": "text/html" } }),
     });
     /** A page whose console we type into; its WebSockets to port 3000 reach the test's relay. */
     const openConsole = async () => {
@@ -54,18 +53,12 @@ test.skipIf(whyNoBrowser !== undefined)(
     const created = JSON.parse((await hostPage.line('host: {"type":"created"')).slice(6)) as { room: string };
     await guestPage.evaluate(`void (window.prompt = () => ${JSON.stringify(created.room)})`);
     await guestPage.paste(join);
-    expect(await guestPage.line("guest:")).toBe(
-      `guest: {"type":"joined","room":"${created.room}","index":1,"peers":[0]}`,
-    );
+    expect(await guestPage.line("guest:")).toBe(`guest: {"type":"joined","room":"${created.room}","index":1,"peers":[0]}`);
     expect(await hostPage.line("host:")).toBe('host: {"type":"peer_joined","index":1}');
     await guestPage.paste(broadcast);
-    expect(await hostPage.line("host:")).toBe(
-      'host: {"type":"message","from":1,"data":{"hello":"everyone"}}',
-    );
+    expect(await hostPage.line("host:")).toBe('host: {"type":"message","from":1,"data":{"hello":"everyone"}}');
     await hostPage.paste(targeted);
-    expect(await guestPage.line("guest:")).toBe(
-      'guest: {"type":"message","from":0,"data":"only for slot 1"}',
-    );
+    expect(await guestPage.line("guest:")).toBe('guest: {"type":"message","from":0,"data":"only for slot 1"}');
 
     const looked = `fetch("http://localhost:${relay.port}/room/${created.room}").then(async (r) => [r.headers.get("X-Instance-Id"), await r.json()])`;
     expect(await guestPage.evaluate(looked)).toEqual([
