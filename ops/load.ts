@@ -41,7 +41,7 @@ traffic
   --rooms N            [100]
   --clients N          members a room [8]
   --senders N|all      members a room that send [1]
-  --bytes N            size of \`data\` as JSON text; at least ${16} for a string, ${22} for an object [48]
+  --bytes N            size of \`data\` as JSON text; at least 16, of an object 22 [48]
   --payload KIND       string, or object: an array of small objects, as a game's state has [string]
   --rate HZ            messages a second of each sender; 0: saturate [60; 0 with --grow bytes]
   --window N           with --rate 0: unacknowledged broadcasts a room [16, fewer of big ones]
@@ -158,8 +158,7 @@ function parseOptions(argv: string[]): Options | "help" {
     if (!Number.isInteger(value)) throw new UsageError(`--${flag} must be a whole number`);
     return value;
   };
-  const pid = (flag: string, text: string | undefined) =>
-    text === undefined ? undefined : count(flag, text, 1);
+  const pid = (flag: string, text: string | undefined) => (text === undefined ? undefined : count(flag, text, 1));
   const oneOf = <T extends string>(flag: string, text: string, all: readonly T[]): T => {
     const found = all.find((each) => each === text);
     if (!found) throw new UsageError(`--${flag} is one of ${all.join(", ")}`);
@@ -174,8 +173,7 @@ function parseOptions(argv: string[]): Options | "help" {
   const grow = flags.grow === undefined ? undefined : oneOf("grow", flags.grow, GROWTHS);
   if (grow && mode !== "traffic") throw new UsageError("--grow measures traffic");
   if (flags.plot !== undefined && !grow) throw new UsageError("--plot needs --grow");
-  if (flags.url !== undefined && flags.server !== undefined)
-    throw new UsageError("--url and --server exclude each other");
+  if (flags.url !== undefined && flags.server !== undefined) throw new UsageError("--url and --server exclude each other");
 
   const rooms = count("rooms", flags.rooms, 1);
   const clients = count("clients", flags.clients, mode === "traffic" ? 2 : 1);
@@ -192,7 +190,7 @@ function parseOptions(argv: string[]): Options | "help" {
   const targets = [first];
   if (flags.vs !== undefined)
     targets.push(
-      /^wss?:/.test(flags.vs)
+      /^(ws|http)s?:/.test(flags.vs)
         ? { name: flags.vs, url: flags.vs, pid: pid("vs-pid", flags["vs-pid"]) }
         : { name: flags.vs, command: flags.vs },
     );
@@ -336,8 +334,7 @@ class Histogram {
     let bucket = 0;
     for (let end = 0.05, step = 0; bucket < this.counts.length; step++) {
       let count = 0;
-      while (bucket < this.counts.length && Histogram.value(bucket) < end * 1000)
-        count += this.counts[bucket++] as number;
+      while (bucket < this.counts.length && Histogram.value(bucket) < end * 1000) count += this.counts[bucket++] as number;
       if (count > 0 || rows.length > 0) rows.push([end, count]);
       end *= step % 3 === 2 ? 2.5 : 2; // 0.05, 0.1, 0.2, 0.5, 1, …
       end = Number(end.toPrecision(1));
@@ -360,8 +357,14 @@ const NO_LIMITS = {
 
 const SERVER_CORE = 0;
 const TOOL_CORE = 1;
-const pins = availableParallelism() > 1 && Bun.which("taskset") !== null;
+const canPin = availableParallelism() > 1 && Bun.which("taskset") !== null;
 const MICROS_A_TICK = 10_000; // /proc counts CPU time in 1/100 s
+
+/** How a relay may say its port, the clearest first. */
+const PORT_PATTERNS = [/\bport[=: ]+(\d+)/i, /:\/\/[^\s/]*:(\d+)/, /:(\d{4,5})\b/];
+
+/** Our relays that run; they end with the tool, however it ends. */
+const children = new Set<Bun.Subprocess>();
 
 /** A relay under load: where it is, what it has used, how to end it if it is ours. */
 class Server {
@@ -374,19 +377,21 @@ class Server {
   /** Starts the target's command and waits for the line with its port; a target with a URL is taken as it is. */
   static async start(target: Target): Promise<Server> {
     if (target.url) return new Server(new URL(target.url), target.pid);
-    const pin = pins ? ["taskset", "-c", String(SERVER_CORE)] : [];
+    const pin = canPin ? ["taskset", "-c", String(SERVER_CORE)] : [];
     const child = Bun.spawn([...pin, "sh", "-c", `exec ${target.command} 2>&1`], {
       stdout: "pipe",
       env: { ...process.env, ...NO_LIMITS, PORT: "0" },
     });
+    children.add(child);
     const reader = child.stdout.getReader();
     const decoder = new TextDecoder();
     let printed = "";
     for (;;) {
       const { done, value } = await reader.read();
-      if (done) throw new Error(`${target.name} ended:\n${printed}`);
+      if (done) throw new Error(`ended before it printed its port\n${printed}`.trim());
       printed += decoder.decode(value, { stream: true });
-      const port = /(?:port=|:\/\/[^\s/]*:|:)(\d{2,5})\b.*\n/.exec(printed)?.[1];
+      const lines = printed.slice(0, printed.lastIndexOf("\n") + 1);
+      const port = PORT_PATTERNS.map((pattern) => pattern.exec(lines)?.[1]).find(Boolean);
       if (!port) continue;
       // Read on, so that a server that logs doesn't block on a full pipe.
       void (async () => {
@@ -427,6 +432,7 @@ class Server {
     const force = setTimeout(() => this.child?.kill("SIGKILL"), 5000);
     await this.child.exited;
     clearTimeout(force);
+    children.delete(this.child);
   }
 }
 
@@ -501,7 +507,9 @@ class Member {
     readonly id: number, // the room's first id + place in the room
     readonly place: number,
     readonly room: Room,
-  ) {}
+  ) {
+    this.joined.promise.catch(() => {}); // of many that fail together, only the first is waited for
+  }
 }
 
 /** Broadcasts in flight are counted in deliveries still to come. */
@@ -591,8 +599,7 @@ class Run {
         this.latency.total = this.latency.max = 0;
       }
       const before = this.counters();
-      if (scenario.mode === "traffic" || scenario.mode === "idle")
-        await this.wait("running", scenario.seconds);
+      if (scenario.mode === "traffic" || scenario.mode === "idle") await this.wait("running", scenario.seconds);
       const after = this.counters();
       const bytesAtEnd = server.residentBytes();
       this.stopSending();
@@ -600,10 +607,7 @@ class Run {
 
       const seconds = (after.micros - before.micros) / 1e6;
       const deliveries = after.delivered - before.delivered;
-      const cpu =
-        before.serverCpu === undefined || after.serverCpu === undefined
-          ? null
-          : after.serverCpu - before.serverCpu;
+      const cpu = before.serverCpu === undefined || after.serverCpu === undefined ? null : after.serverCpu - before.serverCpu;
       const lasting = scenario.mode === "traffic" || scenario.mode === "idle";
       const share = (micros: number) => (lasting ? micros / seconds / 1e6 : 0);
       const percentile = (percent: number) => this.latency.percentileMs(percent);
@@ -677,17 +681,12 @@ class Run {
     const before = this.counters();
     let deadline: Timer | undefined;
     const late = new Promise<never>((_, reject) => {
-      deadline = setTimeout(
-        () => reject(new Error(`not all joined in ${JOIN_SECONDS} s`)),
-        JOIN_SECONDS * 1000,
-      );
+      deadline = setTimeout(() => reject(new Error(`not all joined in ${JOIN_SECONDS} s`)), JOIN_SECONDS * 1000);
     });
     await Promise.race([phase(), late]).finally(() => clearTimeout(deadline));
     const after = this.counters();
     const cpuMicrosPerMember =
-      before.serverCpu === undefined || after.serverCpu === undefined
-        ? null
-        : (after.serverCpu - before.serverCpu) / members;
+      before.serverCpu === undefined || after.serverCpu === undefined ? null : (after.serverCpu - before.serverCpu) / members;
     return { seconds: (after.micros - before.micros) / 1e6, cpuMicrosPerMember };
   }
 
@@ -725,7 +724,7 @@ class Run {
 
   private async connect(member: Member): Promise<void> {
     const { url } = this.server;
-    const secure = url.protocol === "wss:";
+    const secure = /^(wss|https):$/.test(url.protocol);
     await Bun.connect<Member>({
       hostname: url.hostname.replace(/^\[|\]$/g, ""),
       port: Number(url.port || (secure ? 443 : 80)),
@@ -776,9 +775,7 @@ class Run {
     const clientId = `load-${member.id}`;
     const { room } = member;
     const maxClients = this.scenario.clients;
-    const hello = room.code
-      ? { type: "join", clientId, room: room.code }
-      : { type: "create", clientId, maxClients };
+    const hello = room.code ? { type: "join", clientId, room: room.code } : { type: "create", clientId, maxClients };
     this.write(member, textFrame(JSON.stringify(hello)));
     return answer.subarray(end + HANDSHAKE_END.length);
   }
@@ -852,9 +849,7 @@ class Run {
   }
 
   private send(member: Member, count: number): void {
-    const to = this.scenario.targeted
-      ? (member.room.members[this.targetOf(member.place)] as Member).slot
-      : undefined;
+    const to = this.scenario.targeted ? (member.room.members[this.targetOf(member.place)] as Member).slot : undefined;
     let batch = this.batches.get(to);
     if (!batch) this.batches.set(to, (batch = this.newBatch(to)));
     const { bytes, frameSize, headerAt } = batch;
@@ -1053,8 +1048,7 @@ class Run {
     for (const room of this.rooms.slice(0, this.scenario.rooms))
       for (const sender of room.members.slice(0, this.senders))
         for (const { id, place } of room.members) {
-          if (this.scenario.targeted ? this.targetOf(sender.place) !== place : sender.place === place)
-            continue;
+          if (this.scenario.targeted ? this.targetOf(sender.place) !== place : sender.place === place) continue;
           const pair = id * this.senders + sender.place;
           lost += sender.sent - (this.next[pair] as number);
         }
@@ -1070,10 +1064,7 @@ interface Batch {
 }
 
 /** Who sends when, as a part of the interval from 0 to 1, in order of time. */
-function phases(
-  { rooms, phase }: Scenario,
-  senders: number,
-): { room: number; place: number; phase: number }[] {
+function phases({ rooms, phase }: Scenario, senders: number): { room: number; place: number; phase: number }[] {
   const all = [];
   let random = 1;
   for (let place = 0; place < senders; place++)
@@ -1107,12 +1098,16 @@ function notes(result: Result, { mode, rate }: Scenario): string[] {
     );
   else if (mode === "traffic" && rate === 0)
     if (result.serverCpuCore !== null && !serverFull)
-      notes.push(
-        `the server was not saturated (${percent(result.serverCpuCore)} of a core): raise --window or --rooms`,
-      );
+      notes.push(`the server was not saturated (${percent(result.serverCpuCore)} of a core): raise --window or --rooms`);
   if (result.lateMsP99 > LATE_MS)
+    notes.push(`the load tool sent up to ${result.lateMsP99.toFixed(1)} ms late (p99): latencies are partly its own`);
+  const cpuMicros =
+    mode === "connect"
+      ? (result.connect.cpuMicrosPerMember ?? Infinity) * result.sockets
+      : (result.serverCpuMicrosPerDelivery ?? Infinity) * result.deliveries;
+  if (cpuMicros < 20 * MICROS_A_TICK)
     notes.push(
-      `the load tool sent up to ${result.lateMsP99.toFixed(1)} ms late (p99): latencies are partly its own`,
+      `the server's ${Math.round(cpuMicros / 1000)} ms of CPU were counted in steps of 10 ms: a longer run is more exact`,
     );
   return notes;
 }
@@ -1158,22 +1153,21 @@ function median(values: (number | null)[]): number | null {
 }
 
 /** Runs the scenario on each target in turn, `runs` times; gives the results by target. A command is started anew each time. */
-async function measure(
-  targets: Target[],
-  scenario: Scenario,
-  runs: number,
-  progress: Progress,
-): Promise<Result[][]> {
+async function measure(targets: Target[], scenario: Scenario, runs: number, progress: Progress): Promise<Result[][]> {
   const results: Result[][] = targets.map(() => []);
   for (let round = 1; round <= runs; round++)
     for (const [i, target] of targets.entries()) {
       progress.prefix = `${runs > 1 ? `round ${round}/${runs}, ` : ""}${target.name}: `;
-      const server = await Server.start(target);
+      let server: Server | undefined;
       try {
+        server = await Server.start(target);
         const run = new Run(scenario, server, progress);
         (results[i] as Result[]).push(await run.measure(target.name));
+      } catch (error) {
+        if (error instanceof Error) error.message = `${target.name}: ${error.message}`;
+        throw error;
       } finally {
-        await server.stop();
+        await server?.stop();
       }
     }
   return results;
@@ -1184,10 +1178,7 @@ function series(grow: Growth, base: Scenario): [number, Scenario][] {
   const { rooms, clients, rate } = base;
   switch (grow) {
     case "rooms": // the same messages a second, spread over more rooms
-      return [10, 30, 100, 300, 1000, 3000].map((value) => [
-        value,
-        { ...base, rooms: value, rate: (rate * rooms) / value },
-      ]);
+      return [10, 30, 100, 300, 1000, 3000].map((value) => [value, { ...base, rooms: value, rate: (rate * rooms) / value }]);
     case "clients": // the same members and deliveries a second, in larger rooms
       return [2, 4, 8, 16, 32, 64, 125, 250, 500].map((value) => {
         const count = Math.max(1, Math.round((rooms * clients) / value));
@@ -1258,17 +1249,24 @@ class Progress {
 
 const thousands = (value: number) => Math.round(value).toLocaleString("en-US");
 const milliseconds = (value: number) => (value < 10 ? value.toFixed(2) : value.toFixed(1));
-const figure = (value: number | null) =>
-  value === null ? "n/a" : Number(value.toPrecision(3)).toLocaleString("en-US");
+const figure = (value: number | null) => (value === null ? "n/a" : Number(value.toPrecision(3)).toLocaleString("en-US"));
 const megabytes = (bytes: number) => `${(bytes / 1e6).toFixed(1)} MB`;
 
 /** Where the figures come from; no figure means anything without it. */
-function machine(): string {
+function machine(targets: Target[]): string {
   const cores = cpus();
-  return `${cores[0]?.model.trim() ?? "unknown CPU"}, ${cores.length} cores, ${process.platform} ${release()}, Bun ${Bun.version}${
-    pins ? `, server on core ${SERVER_CORE}, tool on core ${TOOL_CORE}` : ""
-  }`;
+  const where = [
+    cores[0]?.model.trim() ?? "unknown CPU",
+    `${cores.length} cores`,
+    `${process.platform} ${release()}`,
+    `Bun ${Bun.version}`,
+  ];
+  if (pinned(targets)) where.push(`server on core ${SERVER_CORE}, tool on core ${TOOL_CORE}`);
+  return where.join(", ");
 }
+
+/** Whether server and tool get a core each: a relay that ran before is left where it is. */
+const pinned = (targets: Target[]) => canPin && targets.every((target) => target.command !== undefined);
 
 /** The scenario in one line. */
 function describe(scenario: Scenario): string {
@@ -1292,15 +1290,15 @@ function table(rows: [string, string][]): string {
 
 function report(result: Result, { mode }: Scenario): string {
   const { connect, flap, latencyMs, serverBytes } = result;
-  const cpu = (micros: number | null) => `${figure(micros)} µs of server CPU each`;
+  const cpu = (micros: number | null) => (micros === null ? "" : `, ${figure(micros)} µs of server CPU each`);
   const rows: [string, string][] = [
     ["sockets", thousands(result.sockets)],
-    ["connecting", `${connect.seconds.toFixed(2)} s, ${cpu(connect.cpuMicrosPerMember)}`],
+    ["connecting", `${connect.seconds.toFixed(2)} s${cpu(connect.cpuMicrosPerMember)}`],
   ];
   if (flap)
     rows.push([
       "reconnecting",
-      `${thousands(flap.members)} at once in ${flap.seconds.toFixed(2)} s, ${cpu(flap.cpuMicrosPerMember)}`,
+      `${thousands(flap.members)} at once in ${flap.seconds.toFixed(2)} s${cpu(flap.cpuMicrosPerMember)}`,
     ]);
   if (mode === "traffic")
     rows.push(
@@ -1323,22 +1321,18 @@ function report(result: Result, { mode }: Scenario): string {
     rows.push([
       "server memory",
       `${megabytes(serverBytes.atStart)} at start, ${megabytes(serverBytes.connected)} connected, ` +
-        `${megabytes(serverBytes.atEnd)} at the end; ${thousands(serverBytes.perMember)} bytes a member`,
+        `${megabytes(serverBytes.atEnd)} at the end; ${thousands(serverBytes.perMember)} bytes a member above the start`,
     ]);
   if (mode === "traffic") {
     rows.push(
-      [
-        "load tool",
-        `${(result.toolCpuCore * 100).toFixed(1)} % of a core, sent ${milliseconds(result.lateMsP99)} ms late (p99)`,
-      ],
+      ["load tool", `${(result.toolCpuCore * 100).toFixed(1)} % of a core, sent ${milliseconds(result.lateMsP99)} ms late (p99)`],
       [
         "lost / doubled / out of order / astray",
         [result.lost, result.doubled, result.outOfOrder, result.astray].map(thousands).join(" / "),
       ],
     );
   }
-  for (const [code, count] of Object.entries(result.closed))
-    rows.push([`closed with ${code}`, thousands(count)]);
+  for (const [code, count] of Object.entries(result.closed)) rows.push([`closed with ${code}`, thousands(count)]);
   for (const error of result.errors) rows.push(["error", error]);
   const lines = [table(rows)];
   if (result.histogram.length > 0) lines.push("", histogramText(result.histogram));
@@ -1364,13 +1358,7 @@ interface Curve {
 }
 
 /** A plot as SVG: x logarithmic with a label at each value; y from 0, or logarithmic where the highest is over ten times the lowest. */
-export function plotSvg(
-  title: string,
-  subtitle: string,
-  xLabel: string,
-  yLabel: string,
-  curves: Curve[],
-): string {
+export function plotSvg(title: string, subtitle: string, xLabel: string, yLabel: string, curves: Curve[]): string {
   const [width, height] = [760, 440];
   const [left, right, top, bottom] = [70, 736, 76, 384]; // the axes' box
   const inset = 30; // from the box to the first and the last value
@@ -1380,8 +1368,7 @@ export function plotSvg(
   const ys = points.map(([, y]) => y);
   const { ticks, part } = scale(Math.min(...ys), Math.max(...ys));
   const [first, last] = [Math.log(xs[0] ?? 1), Math.log(xs.at(-1) ?? 1)];
-  const x = (value: number) =>
-    left + inset + ((Math.log(value) - first) / (last - first || 1)) * (right - left - 2 * inset);
+  const x = (value: number) => left + inset + ((Math.log(value) - first) / (last - first || 1)) * (right - left - 2 * inset);
   const y = (value: number) => bottom - part(value) * (bottom - top);
 
   const escape = (text: string) => text.replace(/[&<>]/g, (sign) => `&#${sign.charCodeAt(0)};`);
@@ -1421,17 +1408,10 @@ export function plotSvg(
     );
     for (const [px, py] of points) {
       // Of two curves the lower one is labelled below, of equal ones the second.
-      const lower = curves.some((other, j) =>
-        other.points.some(([ox, oy]) => ox === px && (oy > py || (oy === py && j < i))),
-      );
+      const lower = curves.some((other, j) => other.points.some(([ox, oy]) => ox === px && (oy > py || (oy === py && j < i))));
       parts.push(
         `<circle cx="${x(px).toFixed(1)}" cy="${y(py).toFixed(1)}" r="3.5" ${fill}/>`,
-        text(
-          x(px),
-          y(py) + (lower ? 18 : -9),
-          String(Number(py.toPrecision(3))),
-          `${middle} font-size="11" ${fill}`,
-        ),
+        text(x(px), y(py) + (lower ? 18 : -9), String(Number(py.toPrecision(3))), `${middle} font-size="11" ${fill}`),
       );
     }
   }
@@ -1445,7 +1425,7 @@ ${parts.join("\n")}
 /** An axis for values from `lowest` to `highest`: round ticks, and where on it a value is, from 0 to 1. */
 function scale(lowest: number, highest: number): { ticks: number[]; part: (value: number) => number } {
   const ticks: number[] = [];
-  if (highest > 10 * lowest) {
+  if (lowest > 0 && highest > 10 * lowest) {
     let exponent = Math.floor(Math.log10(lowest));
     do {
       for (const step of [1, 2, 5]) ticks.push(step * 10 ** exponent);
@@ -1456,7 +1436,8 @@ function scale(lowest: number, highest: number): { ticks: number[]; part: (value
     while ((ticks.at(-2) ?? 0) >= highest) ticks.pop();
     const from = Math.log(ticks[0] as number);
     const to = Math.log(ticks.at(-1) as number);
-    return { ticks, part: (value) => (Math.log(value) - from) / (to - from) };
+    const inset = 0.06; // room for a label below the lowest
+    return { ticks, part: (value) => inset + ((1 - inset) * (Math.log(value) - from)) / (to - from) };
   }
   const rough = (highest * 1.1) / 5;
   const magnitude = 10 ** Math.floor(Math.log10(rough));
@@ -1491,7 +1472,7 @@ async function growAndPrint(options: Options, grow: Growth, progress: Progress):
       }
     }
   }
-  if (options.json) console.log(JSON.stringify({ machine: machine(), grow, points }, null, 2));
+  if (options.json) console.log(JSON.stringify({ machine: machine(options.targets), grow, points }, null, 2));
   if (options.plot !== undefined) {
     const curves = options.targets.map((target, i) => ({
       name: target.name,
@@ -1500,8 +1481,9 @@ async function growAndPrint(options: Options, grow: Growth, progress: Progress):
         return cost === null ? [] : [[value, cost]];
       }),
     }));
+    if (curves.every((curve) => curve.points.length === 0)) throw new Error("nothing to plot: the server's CPU can't be read");
     const title = `Cost a delivery by ${GROWTH_LABEL[grow]}`;
-    await Bun.write(options.plot, plotSvg(title, machine(), GROWTH_LABEL[grow], name, curves));
+    await Bun.write(options.plot, plotSvg(title, machine(options.targets), GROWTH_LABEL[grow], name, curves));
   }
   return points.every(({ results }) => results.flat().every((run) => run.ok));
 }
@@ -1514,11 +1496,10 @@ async function runAndPrint({ targets, scenario, runs, json }: Options, progress:
   const [ours, theirs] = medians;
   const ratio = ours && theirs ? ours / theirs : null;
   if (json) {
-    const found =
-      results.flat().length === 1 ? { result: results[0]?.[0] } : { headline: name, medians, ratio, results };
-    console.log(JSON.stringify({ machine: machine(), scenario, ...found }, null, 2));
+    const found = results.flat().length === 1 ? { result: results[0]?.[0] } : { headline: name, medians, ratio, results };
+    console.log(JSON.stringify({ machine: machine(targets), scenario, ...found }, null, 2));
   } else {
-    console.log(`${machine()}\n${describe(scenario)}`);
+    console.log(`${machine(targets)}\n${describe(scenario)}`);
     for (const run of results.flat()) console.log(`\n${run.target}\n${report(run, scenario)}`);
     if (results.flat().length > 1) {
       console.log(`\n${name}`);
@@ -1538,16 +1519,15 @@ async function main(): Promise<number> {
     console.log(HELP);
     return 0;
   }
-  if (pins && options.targets.some((target) => target.command))
-    Bun.spawnSync(["taskset", "-acp", String(TOOL_CORE), String(process.pid)]);
+  if (pinned(options.targets)) Bun.spawnSync(["taskset", "-acp", String(TOOL_CORE), String(process.pid)]);
   const progress = new Progress();
-  const ok = options.grow
-    ? await growAndPrint(options, options.grow, progress)
-    : await runAndPrint(options, progress);
+  const ok = options.grow ? await growAndPrint(options, options.grow, progress) : await runAndPrint(options, progress);
   return ok ? 0 : 1;
 }
 
 if (import.meta.main) {
+  process.on("exit", () => children.forEach((child) => child.kill("SIGKILL")));
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(2));
   try {
     process.exitCode = await main();
   } catch (error) {
