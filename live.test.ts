@@ -46,9 +46,7 @@ const unknownCode = (): string =>
     .slice(0, 6)
     .padEnd(6, "z");
 
-async function create(
-  path: string,
-): Promise<{ host: Client; room: string; instance: string; region: string }> {
+async function create(path: string): Promise<{ host: Client; room: string; instance: string; region: string }> {
   const host = await Client.open(url + path);
   const created = await host.ask({ type: "create", clientId: crypto.randomUUID(), maxClients: 4 });
   expect(created).toEqual({

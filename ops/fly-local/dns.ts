@@ -76,10 +76,7 @@ export function startDns(options: DnsOptions): Promise<DnsServer> {
 }
 
 /** Over TCP each message has its length before it. */
-function answerFrames(
-  socket: Socket<{ received: Buffer }>,
-  reply: (query: Buffer, maxBytes: number) => Buffer | null,
-): void {
+function answerFrames(socket: Socket<{ received: Buffer }>, reply: (query: Buffer, maxBytes: number) => Buffer | null): void {
   for (;;) {
     const { received } = socket.data;
     if (received.length < 2) return;
@@ -96,8 +93,7 @@ function answerFrames(
 
 function respond(query: Buffer, maxBytes: number, options: DnsOptions): Buffer {
   const question = readQuestion(query);
-  if (question === null)
-    return message(query, query.subarray(0, 0), { rcode: formatError, records: [] }, maxBytes);
+  if (question === null) return message(query, query.subarray(0, 0), { rcode: formatError, records: [] }, maxBytes);
   return message(query, question.bytes, lookUp(question.name, question.type, options), maxBytes);
 }
 
@@ -109,12 +105,10 @@ function lookUp(name: string, asked: number, { app, machines }: DnsOptions): Ans
   const label = name.slice(0, -suffix.length);
   const answer = (recordType: number, records: Buffer[]): Answer => ({
     rcode: noError,
-    records:
-      asked === recordType || asked === type.any ? records.map((data) => record(recordType, data)) : [],
+    records: asked === recordType || asked === type.any ? records.map((data) => record(recordType, data)) : [],
   });
 
-  if (label === "vms")
-    return answer(type.txt, [txt(started.map(({ id, region }) => `${id} ${region}`).join(","))]);
+  if (label === "vms") return answer(type.txt, [txt(started.map(({ id, region }) => `${id} ${region}`).join(","))]);
   if (label === "regions") {
     return answer(type.txt, [txt([...new Set(started.map(({ region }) => region))].sort().join(","))]);
   }
@@ -194,8 +188,6 @@ function ipv6Bytes(address: string): Buffer {
   const head = groups(left);
   const zeros = Array<string>(8 - head.length - tail.length).fill("0");
   const bytes = Buffer.alloc(16);
-  [...head, ...zeros, ...tail].forEach((group, index) =>
-    bytes.writeUInt16BE(Number.parseInt(group, 16), index * 2),
-  );
+  [...head, ...zeros, ...tail].forEach((group, index) => bytes.writeUInt16BE(Number.parseInt(group, 16), index * 2));
   return bytes;
 }

@@ -35,17 +35,13 @@ describe("DNS", () => {
     expect(await ask(machinesOf(3), (resolver) => resolver.resolveTxt("vms.app.internal"))).toEqual([
       ["d8910000000000 fra,d8910000000001 iad,d8910000000002 fra"],
     ]);
-    expect(await ask(machinesOf(3), (resolver) => resolver.resolveTxt("regions.app.internal"))).toEqual([
-      ["fra,iad"],
-    ]);
+    expect(await ask(machinesOf(3), (resolver) => resolver.resolveTxt("regions.app.internal"))).toEqual([["fra,iad"]]);
   });
 
   test("gives the addresses of a machine and of a region, good for 5 s", async () => {
-    expect(
-      await ask(machinesOf(3), (resolver) =>
-        resolver.resolve6("d8910000000001.vm.app.internal", { ttl: true }),
-      ),
-    ).toEqual([{ address: "fdaa:0:1:a7b::2", ttl: 5 }]);
+    expect(await ask(machinesOf(3), (resolver) => resolver.resolve6("d8910000000001.vm.app.internal", { ttl: true }))).toEqual([
+      { address: "fdaa:0:1:a7b::2", ttl: 5 },
+    ]);
     expect(await ask(machinesOf(3), (resolver) => resolver.resolve6("fra.app.internal"))).toEqual([
       "fdaa:0:1:a7b::1",
       "fdaa:0:1:a7b::3",
@@ -54,8 +50,8 @@ describe("DNS", () => {
 
   test.each(["d8910000000009.vm.app.internal", "ams.app.internal", "vms.other.internal", "example.com"])(
     "knows nothing of %s",
-    (name) => {
-      expect(ask(machinesOf(3), (resolver) => resolver.resolve6(name))).rejects.toMatchObject({
+    async (name) => {
+      await expect(ask(machinesOf(3), (resolver) => resolver.resolve6(name))).rejects.toMatchObject({
         code: "ENOTFOUND",
       });
     },
@@ -74,17 +70,16 @@ describe("DNS", () => {
 });
 
 describe("proxy", () => {
-  type Answer = (
-    request: Request,
-    server: Server<undefined>,
-  ) => Response | undefined | Promise<Response | undefined>;
-  const replayTo = (value: string): Response =>
-    new Response(null, { status: 409, headers: { "fly-replay": value } });
+  type Answer = (request: Request, server: Server<undefined>) => Response | undefined | Promise<Response | undefined>;
+  const replayTo = (value: string): Response => new Response(null, { status: 409, headers: { "fly-replay": value } });
   const here = (id: string): Response => new Response(id);
 
-  /** A proxy before one stub for each answer: `a`, `b`, `c` in fra, fra, iad. `x` and `y` take no connection. */
+  /** A proxy before one stub for each answer: `a`, `b`, `c` in fra, fra, iad. `x` in syd takes no connection. */
   class Fleet implements Disposable {
     events: ProxyEvent[] = [];
+    /** The lengths of the WebSocket messages that arrived, and when the first socket had gone. */
+    received: number[] = [];
+    left = Promise.withResolvers<void>();
     #servers: Server<undefined>[];
     #proxy: Proxy;
 
@@ -94,7 +89,13 @@ describe("proxy", () => {
           hostname: "127.0.0.1",
           port: 0,
           fetch,
-          websocket: { message: (socket, message) => void socket.send(message) },
+          websocket: {
+            message: (socket, message) => {
+              socket.send(message);
+              this.received.push(message.length);
+            },
+            close: () => this.left.resolve(),
+          },
         }),
       );
       const machines: ProxyMachine[] = this.#servers.map(({ port = 0 }, index) => ({
@@ -152,6 +153,16 @@ describe("proxy", () => {
     expect((await client.nextText()) === text).toBe(true);
     expect(await client.nextText()).toBe("small");
     await client.close();
+  });
+
+  test("passes on what a client sends right before it goes", async () => {
+    using fleet = new Fleet((request, server) => (server.upgrade(request) ? undefined : here("a")));
+    const client = await Client.open(fleet.url);
+    client.send("x".repeat(1_000_000));
+    client.send("bye");
+    await client.close();
+    await fleet.left.promise;
+    expect(fleet.received).toEqual([1_000_000, 3]);
   });
 
   test("tries every machine with requests, one after another", async () => {
@@ -231,7 +242,7 @@ describe("proxy", () => {
     using fleet = new Fleet((request, server) =>
       server.upgrade(request, { headers: { "fly-replay": "instance=b" } }) ? undefined : here("a"),
     );
-    expect(Client.open(fleet.url)).rejects.toThrow();
+    await expect(Client.open(fleet.url)).rejects.toThrow();
     const key = "dGhlIHNhbXBsZSBub25jZQ==";
     const answer = await fleet.get({
       connection: "upgrade",
@@ -268,8 +279,7 @@ const skipped = reason === null ? "" : ` (skipped: ${reason})`;
 /** Misses are unlimited, because every request here has the same address. */
 const env = { MAX_MISSES_PER_MINUTE: "0", DRAIN_SECONDS: "0" };
 
-const namespaces = (pid: number): string[] =>
-  readdirSync("/run/netns").filter((name) => name.startsWith(`fly-local-${pid}-`));
+const namespaces = (pid: number): string[] => readdirSync("/run/netns").filter((name) => name.startsWith(`fly-local-${pid}-`));
 
 describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
   // fra has one, three and five, iad has two and four.
@@ -327,9 +337,7 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
   async function acceptedDuring(work: () => Promise<unknown>): Promise<Record<string, number>> {
     const before = fly.machines.map(({ id }) => fly.accepted(id));
     await work();
-    return Object.fromEntries(
-      fly.machines.map(({ id }, index) => [id, fly.accepted(id) - (before[index] ?? 0)]),
-    );
+    return Object.fromEntries(fly.machines.map(({ id }, index) => [id, fly.accepted(id) - (before[index] ?? 0)]));
   }
 
   test("pass the live tests", async () => {
@@ -370,9 +378,7 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
 
   test("ask each sibling once for a code that ten clients mistype at once", async () => {
     const room = newCode("fra");
-    const accepted = await acceptedDuring(() =>
-      Promise.all(Array.from({ length: 10 }, () => lookUp(room, one))),
-    );
+    const accepted = await acceptedDuring(() => Promise.all(Array.from({ length: 10 }, () => lookUp(room, one))));
     expect(accepted).toEqual({ [one]: 10, [two]: 0, [three]: 1, [four]: 0, [five]: 1 });
   });
 
@@ -389,6 +395,7 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
   test("find rooms past a silent sibling, and its own when it is back", async () => {
     const [hidden, room] = [await createAt(three), await createAt(five)];
     fly.silence(three);
+    const anywhere = Promise.all([1, 2, 3, 4, 5].map(async () => (await fetch(`${fly.url}/health`)).status));
     const pinned = fetch(`${fly.url}/room/${hidden.room}?instance=${three}`, { headers: arriveAt(five) });
     const started = performance.now();
     expect(await lookUp(newCode("fra"), one)).toEqual([404, one]);
@@ -398,6 +405,7 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
     expect(await joinAt(room.room, one)).toBe("joined");
     await Promise.all(mistyped);
     expect(await lookUp(hidden.room, one)).toEqual([404, one]);
+    expect(await anywhere).toEqual([200, 200, 200, 200, 200]);
     expect((await pinned).status).toBe(404);
     const { reason } = events.findLast((event) => event.kind === "fallback") ?? {};
     expect(reason).toBe("timeout");
@@ -430,9 +438,7 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
   test("don't ask a sibling that DNS doesn't name, which still finds the others", async () => {
     const [unlisted, other, room] = [await createAt(three), await createAt(three), await createAt(five)];
     fly.unlist(three);
-    const accepted = await acceptedDuring(async () =>
-      expect(await lookUp(unlisted.room, one)).toEqual([404, one]),
-    );
+    const accepted = await acceptedDuring(async () => expect(await lookUp(unlisted.room, one)).toEqual([404, one]));
     expect(accepted[three]).toBe(0);
     expect(await lookUp(unlisted.room, three)).toEqual([200, three]);
     expect(await lookUp(room.room, three)).toEqual([200, five]);
@@ -496,9 +502,7 @@ describe.skipIf(reason !== null)(`twenty relays in one region${skipped}`, () => 
     }
     const before = siblings.map((id) => fly.accepted(id));
     expect((await fetch(`${fly.url}/room/${newCode("fra")}`, { headers })).status).toBe(404);
-    expect(siblings.map((id, index) => fly.accepted(id) - (before[index] ?? 0))).toEqual(
-      siblings.map(() => 1),
-    );
+    expect(siblings.map((id, index) => fly.accepted(id) - (before[index] ?? 0))).toEqual(siblings.map(() => 1));
   }, 30_000);
 });
 

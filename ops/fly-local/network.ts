@@ -3,17 +3,7 @@
  * the address that DNS answers on. Nothing in the host's own network changes.
  */
 import { dlopen } from "bun:ffi";
-import {
-  closeSync,
-  existsSync,
-  mkdirSync,
-  openSync,
-  readdirSync,
-  readFileSync,
-  rmdirSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
+import { closeSync, existsSync, mkdirSync, openSync, readdirSync, readFileSync, rmdirSync, rmSync, writeFileSync } from "node:fs";
 
 /** Where machines find DNS, as on Fly.io. */
 export const dnsAddress = "fdaa::3";
@@ -27,7 +17,7 @@ export type Network = {
   silence(name: string, silent: boolean): void;
   /** Connections that the kernel has accepted in a machine's namespace since it was made. */
   accepted(name: string): number;
-  /** Removes everything. The processes inside must have ended. */
+  /** Removes everything. Processes inside have to be ended too: they would go on, in a network without a name. */
   close(): void;
 };
 
@@ -41,13 +31,12 @@ export function whyNoNetwork(): string | null {
   if (process.platform !== "linux") return "network namespaces need Linux";
   if (process.getuid?.() !== 0) return "making network namespaces needs root";
   if (Bun.which("ip") === null) return "the ip command is missing (Debian: apt install iproute2)";
-  const name = `${prefix}-${process.pid}-try`;
   try {
-    ip(`netns add ${name}`);
+    const network = openNetwork();
     try {
-      inNamespace(name, () => {});
+      network.add("m1", "fdaa::1");
     } finally {
-      ip(`netns del ${name}`);
+      network.close();
     }
   } catch (error) {
     return `network namespaces can't be made here: ${(error as Error).message}`;
@@ -64,24 +53,31 @@ export function openNetwork(): Network {
   const names = [edge];
   const nameOf = (machine: string): string => `${run}-${machine}`;
 
-  ip(`netns add ${edge}`);
-  ipBatch(edge, [
-    "link set lo up",
-    "link add name bridge0 type bridge mcast_snooping 0 forward_delay 0 stp_state 0",
-    `addr add ${dnsAddress}/16 dev bridge0 nodad`,
-    "link set bridge0 up",
-  ]);
-  keepAsking(edge, "bridge0");
-  // A connection that the proxy has given up goes after 7 s, not after minutes. The setting holds for IPv6 too.
-  inNamespace(edge, () => writeFileSync("/proc/sys/net/ipv4/tcp_syn_retries", "2"));
+  const close = (): void => names.splice(0).forEach(remove);
+
+  try {
+    ip(`netns add ${edge}`);
+    ipBatch(edge, [
+      "link set lo up",
+      "link add name bridge0 type bridge mcast_snooping 0 forward_delay 0 stp_state 0",
+      `addr add ${dnsAddress}/16 dev bridge0 nodad`,
+      "link set bridge0 up",
+    ]);
+    keepAsking(edge, "bridge0");
+    // A connection that the proxy has given up goes after 7 s, not after minutes. The setting holds for IPv6 too.
+    inNamespace(edge, () => writeFileSync("/proc/sys/net/ipv4/tcp_syn_retries", "2"));
+  } catch (error) {
+    close();
+    throw error;
+  }
 
   return {
     edge,
     add(machine, address) {
       const name = nameOf(machine);
+      names.push(name);
       mkdirSync(`${resolvers}/${name}`, { recursive: true });
       writeFileSync(`${resolvers}/${name}/resolv.conf`, `nameserver ${dnsAddress}\n`);
-      names.push(name);
       ip(`netns add ${name}`);
       ip(`link add name eth0 netns ${name} type veth peer name ${machine} netns ${edge}`);
       ipBatch(name, ["link set lo up", `addr add ${address}/16 dev eth0 nodad`, "link set eth0 up"]);
@@ -99,9 +95,7 @@ export function openNetwork(): Network {
       const column = names?.split(" ").indexOf("PassiveOpens") ?? -1;
       return Number(values?.split(" ")[column]);
     },
-    close() {
-      names.splice(0).forEach(remove);
-    },
+    close,
   };
 }
 
@@ -147,8 +141,7 @@ function removeLeftovers(): void {
   for (const name of readdirSync(namespaces)) {
     const [, owner] = new RegExp(`^${prefix}-(\\d+)-`).exec(name) ?? [];
     if (owner === undefined || existsSync(`/proc/${owner}`)) continue;
-    for (const pid of ip(`netns pids ${name}`).split("\n").filter(Boolean))
-      process.kill(Number(pid), "SIGKILL");
+    for (const pid of ip(`netns pids ${name}`).split("\n").filter(Boolean)) process.kill(Number(pid), "SIGKILL");
     remove(name);
   }
 }

@@ -43,7 +43,7 @@ export type Replay = {
 
 const maxReplays = 10; // Fly.io's
 const defaultTimeoutMs = 5_000;
-const entryTimeoutMs = 1_000; // before the next machine is tried
+const attemptMs = 1_000; // before the next machine is tried
 
 /** Starts the proxy; throws if the port is taken. */
 export function startProxy(options: ProxyOptions): Proxy {
@@ -108,7 +108,7 @@ async function serve(client: Wire, options: ProxyOptions): Promise<void> {
   let upstream: Wire | null = null;
   client.onClose = () => upstream?.destroy();
 
-  let reached = await reach(entryCandidates(request, options.machines()), entryTimeoutMs, options);
+  let reached = await reach(entryCandidates(request, options.machines()), defaultTimeoutMs, options);
   for (let replays = 0; ; replays += 1) {
     if (typeof reached === "string") return refuse(client, 502, `no machine to route to: ${reached}`);
     const { machine } = reached;
@@ -149,11 +149,7 @@ async function serve(client: Wire, options: ProxyOptions): Promise<void> {
     const reason = reached;
     if (replay.fallback === null) return fail(`replay to ${value} failed: ${reason}`);
     const others = replay.fallback === "prefer_self" ? options.machines() : [];
-    reached = await reach(
-      [machine, ...others.filter(({ id }) => id !== machine.id)],
-      entryTimeoutMs,
-      options,
-    );
+    reached = await reach([machine, ...others.filter(({ id }) => id !== machine.id)], defaultTimeoutMs, options);
     if (typeof reached === "string") return fail(`fallback from ${value} failed: ${reached}`);
     const wanted = "instance" in target ? `instance=${target.instance}` : `region=${target.region}`;
     added["fly-replay-failed"] = `${wanted};reason=${reason};t=${Date.now() * 1_000}`;
@@ -188,7 +184,7 @@ function rotate<T>(items: T[]): T[] {
   return [...items.slice(at), ...items.slice(0, at)];
 }
 
-/** A connection to the first candidate that takes one. Each but the last gets `entryTimeoutMs`, all together `timeoutMs`. */
+/** A connection to the first candidate that takes one. Each but the last gets `attemptMs`, all together `timeoutMs`. */
 async function reach(
   candidates: ProxyMachine[],
   timeoutMs: number,
@@ -198,7 +194,7 @@ async function reach(
   let reason: FailureReason = "no_candidate";
   for (const [index, machine] of candidates.entries()) {
     const left = until - performance.now();
-    const patience = index === candidates.length - 1 ? left : Math.min(left, entryTimeoutMs);
+    const patience = index === candidates.length - 1 ? left : Math.min(left, attemptMs);
     const wire = await dial(machine.address, machine.port, Math.max(0, patience));
     if (typeof wire !== "string") return { machine, wire };
     reason = wire === "timeout" ? "timeout" : "retries_exhausted";
@@ -209,11 +205,12 @@ async function reach(
 function deliver(answer: Head, client: Wire, upstream: Wire): void {
   const upgraded = answer.start.split(" ")[1] === "101";
   client.write(formatHead(answer, upgraded ? {} : { Connection: "close" }));
+  client.onClose = () => {}; // what it sent before it left still goes on
   client.pipe(upstream);
   upstream.pipe(client);
 }
 
-/** Ends the request with a plain text. The client, not its request, is the cause of nothing but a 400. */
+/** Ends the request with a plain text. */
 function refuse(client: Wire, status: 400 | 502, message: string): void {
   const body = `fly-local: ${message}\n`;
   const start = `HTTP/1.1 ${status} ${status === 400 ? "Bad Request" : "Bad Gateway"}`;

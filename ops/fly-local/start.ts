@@ -63,7 +63,7 @@ export type FlyLocal = AsyncDisposable & {
   accepted(id: string): number;
 };
 
-type Machine = FlyMachine & { netName: string; namespace: string; process: Subprocess | null };
+type Machine = FlyMachine & { netName: string; namespace: string; relay: Subprocess | null };
 
 const app = "party-sockets";
 const relayPort = 8080;
@@ -83,30 +83,30 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
   const closers: (() => void)[] = [];
   const close = (): void => {
     process.off("exit", close);
-    for (const { process } of machines) process?.kill("SIGKILL");
+    for (const machine of machines) {
+      machine.started = false;
+      machine.relay?.kill("SIGKILL");
+    }
     for (const closer of closers.splice(0)) closer();
     network.close();
   };
   process.on("exit", close);
 
   async function launch(machine: Machine): Promise<void> {
-    const relay = Bun.spawn(
-      ["ip", "netns", "exec", machine.namespace, process.execPath, "run", "server.ts"],
-      {
-        cwd: root,
-        env: {
-          PATH: process.env.PATH ?? "",
-          PORT: `${relayPort}`,
-          FLY_APP_NAME: app,
-          FLY_REGION: machine.region,
-          FLY_MACHINE_ID: machine.id,
-          FLY_PRIVATE_IP: machine.address,
-          ...options.env,
-        },
-        stdio: ["ignore", "pipe", "pipe"],
+    const relay = Bun.spawn(["ip", "netns", "exec", machine.namespace, process.execPath, "run", "server.ts"], {
+      cwd: root,
+      env: {
+        PATH: process.env.PATH ?? "",
+        PORT: `${relayPort}`,
+        FLY_APP_NAME: app,
+        FLY_REGION: machine.region,
+        FLY_MACHINE_ID: machine.id,
+        FLY_PRIVATE_IP: machine.address,
+        ...options.env,
       },
-    );
-    machine.process = relay;
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    machine.relay = relay;
     machine.started = true;
     const printed: string[] = [];
     for (const stream of [relay.stdout, relay.stderr]) {
@@ -116,7 +116,7 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
       });
     }
     void relay.exited.then((code) => {
-      machine.process = null;
+      machine.relay = null;
       if (!machine.started) return;
       if (code === 0) machine.started = false; // idle; after a crash Fly.io would start it again
       options.onEvent?.({ kind: "exited", id: machine.id, code });
@@ -145,7 +145,7 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
       const netName = `m${number}`;
       const namespace = network.add(netName, address);
       const shown = { started: false, listed: true, silent: false };
-      machines.push({ id, region, address, ...shown, netName, namespace, process: null });
+      machines.push({ id, region, address, ...shown, netName, namespace, relay: null });
     }
     const dns = await inEdge(() =>
       startDns({
@@ -160,8 +160,7 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
       app,
       hostname: "127.0.0.1",
       port: options.port,
-      machines: () =>
-        machines.filter(({ started }) => started).map((machine) => ({ ...machine, port: relayPort })),
+      machines: () => machines.filter(({ started }) => started).map((machine) => ({ ...machine, port: relayPort })),
       onEvent: (event) => options.onEvent?.(event),
       dial,
     });
@@ -174,13 +173,13 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
       async stop(id) {
         const machine = find(id);
         machine.started = false;
-        machine.process?.kill("SIGTERM");
-        await machine.process?.exited;
+        machine.relay?.kill("SIGTERM");
+        await machine.relay?.exited;
       },
       async crash(id) {
-        const { process } = find(id);
-        process?.kill("SIGKILL");
-        await process?.exited;
+        const { relay } = find(id);
+        relay?.kill("SIGKILL");
+        await relay?.exited;
       },
       silence(id) {
         const machine = find(id);
@@ -195,18 +194,16 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
         machine.listed = true;
         if (machine.silent) network.silence(machine.netName, false);
         machine.silent = false;
-        if (machine.process === null) await launch(machine);
+        if (machine.relay === null) await launch(machine);
       },
       hangDns(hangs) {
         dns.silent = hangs;
       },
       accepted: (id) => network.accepted(find(id).netName),
       async [Symbol.asyncDispose]() {
-        const running = machines.map(({ process }) => process?.exited);
-        for (const machine of machines) machine.started = false;
-        for (const { process } of machines) process?.kill("SIGKILL");
-        await Promise.all(running);
+        const exits = machines.map(({ relay }) => relay?.exited);
         close();
+        await Promise.all(exits);
       },
     };
   } catch (error) {
@@ -262,9 +259,7 @@ async function main(): Promise<number> {
   const reason = whyNoNetwork();
   if (reason !== null) {
     console.error(`fly-local can't run: ${reason}.`);
-    console.error(
-      "It needs Linux, root and iproute2: sudo bun run ops/fly-local/start.ts, or a privileged container.",
-    );
+    console.error("It needs Linux, root and iproute2: sudo bun run ops/fly-local/start.ts, or a privileged container.");
     return 1;
   }
   const { values } = parseArgs({
@@ -291,11 +286,7 @@ async function main(): Promise<number> {
   });
   const list = (): void => {
     for (const { id, region, address, started, listed, silent } of fly.machines) {
-      const state = [
-        started ? "started" : "stopped",
-        ...(listed ? [] : ["unlisted"]),
-        ...(silent ? ["silent"] : []),
-      ];
+      const state = [started ? "started" : "stopped", ...(listed ? [] : ["unlisted"]), ...(silent ? ["silent"] : [])];
       console.log(`  ${id}  ${region}  ${address}  ${state.join(", ")}`);
     }
   };
@@ -305,8 +296,7 @@ async function main(): Promise<number> {
   console.log(commands);
   for await (const line of console) {
     const [command = "", argument = ""] = line.trim().split(/\s+/);
-    const id =
-      fly.machines.find((machine) => argument !== "" && machine.id.endsWith(argument))?.id ?? argument;
+    const id = fly.machines.find((machine) => argument !== "" && machine.id.endsWith(argument))?.id ?? argument;
     try {
       if (command === "quit") return 0;
       else if (command === "list") list();
@@ -329,4 +319,9 @@ export function liveMachines({ machines }: Pick<FlyLocal, "machines">): string {
   return machines.map(({ id, region }) => `${id}:${region}`).join(",");
 }
 
-if (import.meta.main) process.exitCode = await main();
+if (import.meta.main) {
+  process.exitCode = await main().catch((error: unknown) => {
+    console.error(`fly-local: ${error instanceof Error ? error.message : String(error)}`);
+    return 1;
+  });
+}

@@ -122,11 +122,7 @@ const handlers = {
 };
 
 /** Listens on TCP; `onConnection` gets each connection. Throws if the port is taken. */
-export function listen(
-  hostname: string,
-  port: number,
-  onConnection: (wire: Wire) => void,
-): TCPSocketListener<Wire> {
+export function listen(hostname: string, port: number, onConnection: (wire: Wire) => void): TCPSocketListener<Wire> {
   return Bun.listen<Wire>({
     hostname,
     port,
@@ -141,11 +137,7 @@ export function listen(
 }
 
 /** Connects to a literal address. The socket is made before this returns. Resolves to `"timeout"` after `timeoutMs`. */
-export function connect(
-  address: string,
-  port: number,
-  timeoutMs: number,
-): Promise<Wire | "refused" | "timeout"> {
+export function connect(address: string, port: number, timeoutMs: number): Promise<Wire | "refused" | "timeout"> {
   const { promise, resolve } = Promise.withResolvers<Wire | "refused" | "timeout">();
   let late = false;
   const timer = setTimeout(() => {
@@ -191,8 +183,6 @@ function parseHead(text: string): Head | null {
 export function formatHead({ start, lines }: Head, replaced: Record<string, string | null>): string {
   const names = new Set(Object.keys(replaced).map((name) => name.toLowerCase()));
   const kept = lines.filter((line) => !names.has(line.slice(0, line.indexOf(":")).toLowerCase()));
-  const added = Object.entries(replaced).flatMap(([name, value]) =>
-    value === null ? [] : [`${name}: ${value}`],
-  );
+  const added = Object.entries(replaced).flatMap(([name, value]) => (value === null ? [] : [`${name}: ${value}`]));
   return [start, ...kept, ...added].join("\r\n") + headEnd;
 }
