@@ -138,7 +138,7 @@ describe.skipIf(url === "")("one machine (needs LIVE_URL)", () => {
   );
 });
 
-const several = machines.length > 1 ? "" : ` (skipped: LIVE_MACHINES names ${machines.length})`;
+const several = machines.length > 1 ? "" : ` (skipped: ${machines.length} known, see LIVE_MACHINES)`;
 describe.skipIf(several !== "")(`several machines${several}`, () => {
   /** Looks up and joins a room of `owner` by its code alone, arriving at `entry`. */
   async function findFromEach(pairs: { owner: Machine; entry: Machine }[]): Promise<void> {
