@@ -350,7 +350,14 @@ export type Config = typeof LIMITS & {
 };
 
 /** The environment is wrong; the message says where, a line a fault. */
-export class ConfigError extends Error {}
+export class ConfigError extends Error {
+  constructor(
+    faults: readonly string[],
+    readonly log: Log,
+  ) {
+    super(faults.join("\n"));
+  }
+}
 
 export const systemClock: Clock = {
   now: () => performance.now(),
@@ -362,8 +369,12 @@ export const systemClock: Clock = {
   },
 };
 
-const logText: Log = (event, fields) =>
-  console.log(["party-sockets", event, ...Object.entries(fields).map(([k, v]) => `${k}=${v}`)].join(" "));
+const logText: Log = (event, fields) => {
+  const words = Object.entries(fields).map(
+    ([key, value]) => `${key}=${/[\s"]/.test(`${value}`) ? JSON.stringify(value) : value}`,
+  );
+  console.log(["party-sockets", event, ...words].join(" "));
+};
 const logJson: Log = (event, fields) => console.log(JSON.stringify({ time: new Date().toISOString(), event, ...fields }));
 
 /**
@@ -434,7 +445,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   const format = text("LOG_FORMAT") ?? "text";
   if (format === "json") config.log = logJson;
   else if (format !== "text") faults.push(`LOG_FORMAT must be text or json, not ${JSON.stringify(format)}`);
-  if (faults.length > 0) throw new ConfigError(faults.join("\n"));
+  if (faults.length > 0) throw new ConfigError(faults, config.log);
   return config;
 }
 
@@ -1735,11 +1746,36 @@ export type RelayHandle = {
 
 /**
  * Starts a relay. It shares nothing with another one in the same process.
- * @throws where the port is taken
+ * @throws ConfigError where it can't listen on the port
  */
 export function startRelay(config: Config): RelayHandle {
   const relay = new Relay(config);
-  relay.server = Bun.serve<Session>({
+  relay.server = listen(relay);
+  repeat(relay, SWEEP_MS, () => sweep(relay));
+  watchLag(relay);
+  watchIdle(relay);
+  const port = relay.server.port ?? config.port;
+  const { promise: ended } = relay.ended;
+  return {
+    url: `http://localhost:${port}`,
+    port,
+    ended,
+    drain() {
+      drain(relay);
+      return ended;
+    },
+    report: (error) => reportException(relay, error),
+    async [Symbol.asyncDispose]() {
+      relay.ending = true;
+      relay.drainEnds ??= config.clock.now(); // no room lingers
+      await relay.server.stop(true);
+    },
+  };
+}
+
+function listen(relay: Relay): Server<Session> {
+  const { config } = relay;
+  const options: Bun.Serve.Options<Session> = {
     port: config.port, // and no hostname: IPv6 and IPv4, as Fly.io's private network needs
     development: false, // an error page would show the source
     reusePort: false, // which `development: false` turns on: a second relay would take half of the connections
@@ -1767,27 +1803,14 @@ export function startRelay(config: Config): RelayHandle {
         hangUp(relay, socket, CloseCode.INTERNAL_ERROR, "internal error");
       },
     },
-  });
-  repeat(relay, SWEEP_MS, () => sweep(relay));
-  watchLag(relay);
-  watchIdle(relay);
-  const port = relay.server.port ?? config.port;
-  const { promise: ended } = relay.ended;
-  return {
-    url: `http://localhost:${port}`,
-    port,
-    ended,
-    drain() {
-      drain(relay);
-      return ended;
-    },
-    report: (error) => reportException(relay, error),
-    async [Symbol.asyncDispose]() {
-      relay.ending = true;
-      relay.drainEnds ??= config.clock.now(); // no room lingers
-      await relay.server.stop(true);
-    },
   };
+  try {
+    return Bun.serve(options);
+  } catch (error) {
+    const { code, message } = error as { code?: string; message: string };
+    const reason = code === "EADDRINUSE" ? "is in use" : `can't be listened on: ${message}`;
+    throw new ConfigError([`Port ${config.port} ${reason}`], config.log);
+  }
 }
 
 /** The limits that differ from their defaults. */
@@ -1797,33 +1820,23 @@ function changedLimits(config: Config): Record<string, number> {
 }
 
 async function main(): Promise<void> {
-  let config: Config;
-  let relay: RelayHandle;
   try {
-    config = configFromEnv(process.env);
-    relay = startRelay(config);
+    const config = configFromEnv(process.env);
+    const relay = startRelay(config);
+    process.on("uncaughtException", relay.report);
+    process.on("unhandledRejection", relay.report);
+    process.on("SIGTERM", relay.drain);
+    process.on("SIGINT", relay.drain);
+    const labels = { instance: config.instance || "local", region: config.region || "local" };
+    config.log("listening", { url: relay.url, version, port: relay.port, ...labels, ...changedLimits(config) });
+    await relay.ended;
+    process.exit(0);
   } catch (error) {
-    const port = process.env.PORT ?? "3000";
-    const inUse = (error as { code?: unknown }).code === "EADDRINUSE";
-    if (!(error instanceof ConfigError) && !inUse) throw error;
-    console.error(inUse ? `Port ${port} is in use` : (error as Error).message);
+    if (!(error instanceof ConfigError)) throw error;
+    error.log("start refused", { reason: error.message });
+    console.error(error.message);
     process.exit(1);
   }
-  process.on("uncaughtException", relay.report);
-  process.on("unhandledRejection", relay.report);
-  process.on("SIGTERM", relay.drain);
-  process.on("SIGINT", relay.drain);
-  const { instance, region, log } = config;
-  log("listening", {
-    url: relay.url,
-    version,
-    port: relay.port,
-    instance: instance || "local",
-    region: region || "local",
-    ...changedLimits(config),
-  });
-  await relay.ended;
-  process.exit(0);
 }
 
 if (import.meta.main) await main();
