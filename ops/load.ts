@@ -360,6 +360,17 @@ const TOOL_CORE = 1;
 const canPin = availableParallelism() > 1 && Bun.which("taskset") !== null;
 const MICROS_A_TICK = 10_000; // /proc counts CPU time in 1/100 s
 
+function readProc(process: string, file: string): string | undefined {
+  try {
+    return readFileSync(`/proc/${process}/${file}`, "utf8");
+  } catch {
+    return undefined;
+  }
+}
+
+/** The second field of a main thread's `schedstat`: ns spent waiting for a core. */
+const waitedMicros = (schedstat = "0 0") => Number(schedstat.split(" ")[1]) / 1000;
+
 /** How a relay may say its port, the clearest first. */
 const PORT_PATTERNS = [/\bport[=: ]+(\d+)/i, /:\/\/[^\s/]*:(\d+)/, /:(\d{4,5})\b/];
 
@@ -416,13 +427,13 @@ class Server {
     return kibibytes === undefined ? undefined : Number(kibibytes) * 1024;
   }
 
+  /** How long the process was ready to run and had no core, in µs since it began; 0 if unknown. */
+  waitedMicros(): number {
+    return waitedMicros(this.#proc("schedstat"));
+  }
+
   #proc(file: string): string | undefined {
-    if (this.pid === undefined) return undefined;
-    try {
-      return readFileSync(`/proc/${this.pid}/${file}`, "utf8");
-    } catch {
-      return undefined;
-    }
+    return this.pid === undefined ? undefined : readProc(String(this.pid), file);
   }
 
   /** Ends a child, by force after 5 s; a relay that ran before stays. */
@@ -474,6 +485,7 @@ interface Result {
   } | null;
   toolCpuCore: number;
   lateMsP99: number; // how late the tool itself sent
+  waited: { server: number; tool: number }; // share of the time in which they were ready to run and had no core
   notes: string[];
   ok: boolean;
 }
@@ -485,6 +497,7 @@ const SETTLE_MS = 1000; // so long after the last delivery, what is missing is l
 const MAX_ERRORS = 5;
 const WINDOW_BYTES = 256 * 1024; // a quarter of what the relay holds for a member before it cuts it
 const FULL_CORE = 0.9;
+const BUSY_MACHINE = 0.03; // a quiet one shows under 1 % with server and tool on a core each
 const LATE_MS = 4; // the loop runs once a millisecond; more than a few and latencies are the tool's
 
 /** One connection of one member. A reconnect is a new one with the same id. */
@@ -648,6 +661,10 @@ class Run {
               },
         toolCpuCore: share(after.toolCpu - before.toolCpu),
         lateMsP99: this.late.percentileMs(99),
+        waited: {
+          server: share(after.serverWaited - before.serverWaited),
+          tool: share(after.toolWaited - before.toolWaited),
+        },
         notes: [],
         ok: false,
       };
@@ -673,6 +690,8 @@ class Run {
       delivered: this.delivered,
       serverCpu: this.server.cpuMicros(),
       toolCpu: tool.user + tool.system,
+      serverWaited: this.server.waitedMicros(),
+      toolWaited: waitedMicros(readProc("self", "schedstat")),
     };
   }
 
@@ -1101,6 +1120,12 @@ function notes(result: Result, { mode, rate }: Scenario): string[] {
       notes.push(`the server was not saturated (${percent(result.serverCpuCore)} of a core): raise --window or --rooms`);
   if (result.lateMsP99 > LATE_MS)
     notes.push(`the load tool sent up to ${result.lateMsP99.toFixed(1)} ms late (p99): latencies are partly its own`);
+  const waited = Math.max(result.waited.server, result.waited.tool);
+  if (waited > BUSY_MACHINE)
+    notes.push(
+      `the machine is busy with something else: the server waited ${percent(result.waited.server)} of the time for a core, ` +
+        `the load tool ${percent(result.waited.tool)}`,
+    );
   const cpuMicros =
     mode === "connect"
       ? (result.connect.cpuMicrosPerMember ?? Infinity) * result.sockets
