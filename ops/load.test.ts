@@ -8,10 +8,9 @@ const FLOOR = `"${process.execPath}" run "${join(import.meta.dir, "floor.ts")}"`
 
 /** Runs the tool with `--json`; gives its exit code and what it found. */
 async function load(...flags: string[]) {
-  const tool = Bun.spawn(
-    [process.execPath, "run", join(import.meta.dir, "load.ts"), "--json", "--warmup", "0", ...flags],
-    { stderr: "pipe" },
-  );
+  const tool = Bun.spawn([process.execPath, "run", join(import.meta.dir, "load.ts"), "--json", "--warmup", "0", ...flags], {
+    stderr: "pipe",
+  });
   const [stdout, stderr, exitCode] = await Promise.all([
     new Response(tool.stdout).text(),
     new Response(tool.stderr).text(),
@@ -47,9 +46,7 @@ describe.concurrent("against the floor", () => {
   });
 
   test("members that reconnect at once all get their slots back", async () => {
-    const { exitCode, result } = await load(
-      ...["--server", FLOOR, "--rooms", "5", "--clients", "4", "--flap", "20"],
-    );
+    const { exitCode, result } = await load(...["--server", FLOOR, "--rooms", "5", "--clients", "4", "--flap", "20"]);
     expect(result).toMatchObject({ ...GOOD, flap: { members: 20 }, ok: true });
     expect(exitCode).toBe(0);
   });
@@ -78,8 +75,7 @@ function faultyRelay(fault: Fault) {
   };
   return Bun.serve<{ index: number }>({
     port: 0,
-    fetch: (request, server) =>
-      server.upgrade(request, { data: { index: -1 } }) ? undefined : new Response("no"),
+    fetch: (request, server) => (server.upgrade(request, { data: { index: -1 } }) ? undefined : new Response("no")),
     websocket: {
       message(ws, frame) {
         const message = JSON.parse(String(frame));
