@@ -195,5 +195,4 @@ export function connect({ url, room, create, clientId, storage, env = globalThis
 }
 
 /** `crypto.randomUUID` is missing where the page came over plain http, as in a home's Wi-Fi. */
-const randomId = (): string =>
-  Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("");
+const randomId = (): string => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("");

@@ -1,0 +1,79 @@
+/**
+ * Serves the demo, and starts a relay where none answers: `bun run ops/demo/start.ts`.
+ *
+ * Environment: `DEMO_PORT` (8080) of the page; `RELAY_URL` of a relay that runs elsewhere, else the variables of
+ * `server.ts`, of which `PORT` says where a relay is looked for and started.
+ */
+import { networkInterfaces } from "node:os";
+import { configFromEnv, startRelay } from "../../server.ts";
+import index from "./index.html";
+import type { Place } from "./ui.ts";
+
+const DEMO_PORT = 8080;
+const HEALTH_MS = 2_000; // for a relay to say that it is there
+
+/** This machine's address in the local network; `localhost` where it has none. */
+function lanAddress(): string {
+  const addresses = Object.values(networkInterfaces()).flatMap((entries) => entries ?? []);
+  return addresses.find(({ family, internal }) => family === "IPv4" && !internal)?.address ?? "localhost";
+}
+
+/** Whether a hostname means the machine that it is said on. */
+function isLocal(hostname: string): boolean {
+  return ["localhost", "127.0.0.1", "[::1]"].includes(hostname);
+}
+
+/**
+ * Serves the page, for this machine and the local network.
+ * @param port 0 takes a free one
+ * @param relay where browsers find the relay; `localhost` becomes the name under which they found the page
+ */
+export function serveDemo({ port, relay }: { port: number; relay: string }): Bun.Server<undefined> {
+  return Bun.serve({
+    port,
+    development: false,
+    routes: {
+      "/": index,
+      "/place.json": (request) => {
+        const page = new URL(request.url);
+        const found = new URL(relay);
+        if (isLocal(found.hostname)) found.hostname = page.hostname;
+        if (isLocal(page.hostname)) page.hostname = lanAddress(); // a phone's localhost is the phone
+        const place: Place = { relay: found.href, page: page.origin };
+        return Response.json(place);
+      },
+    },
+    fetch: () => new Response("Not found", { status: 404 }),
+  });
+}
+
+async function answers(relay: string): Promise<boolean> {
+  const health = new URL("/health", relay.replace(/^ws/, "http"));
+  try {
+    const answer = await fetch(health, { signal: AbortSignal.timeout(HEALTH_MS) });
+    return (await answer.json()).status === "ok";
+  } catch {
+    return false;
+  }
+}
+
+async function main(): Promise<void> {
+  const { RELAY_URL, DEMO_PORT: port = DEMO_PORT } = process.env;
+  const config = configFromEnv(process.env);
+  let relay = RELAY_URL ?? `http://localhost:${config.port}`;
+  let how = "";
+  if (!(await answers(relay))) {
+    how = RELAY_URL ? ", which doesn't answer: the page keeps trying" : ", started here";
+    if (!RELAY_URL) relay = startRelay(config).url;
+  }
+  console.log(`Relay: ${relay}${how}`);
+  const page = serveDemo({ port: Number(port), relay });
+  console.log(`Demo:  ${page.url.origin} on the big screen, http://${lanAddress()}:${page.port} on phones`);
+}
+
+if (import.meta.main) {
+  await main().catch((error: Error) => {
+    console.error(error.message); // a port that is taken, or a variable that is wrong
+    process.exit(1);
+  });
+}
