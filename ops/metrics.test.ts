@@ -31,16 +31,12 @@ const scrape = async (relay: RelayHandle): Promise<string> => (await fetch(`${re
 async function read(relay: RelayHandle, name: string): Promise<Record<string, number>> {
   const series = parse(await scrape(relay)).filter((one) => one.name === name);
   return Object.fromEntries(
-    series.map(({ labels: { instance: _, region: __, version: ___, ...own }, value }) => [
-      Object.values(own).join(),
-      value,
-    ]),
+    series.map(({ labels: { instance: _, region: __, version: ___, ...own }, value }) => [Object.values(own).join(), value]),
   );
 }
 
 /** The one value of a metric without labels of its own. */
-const readOne = async (relay: RelayHandle, name: string): Promise<number | undefined> =>
-  (await read(relay, name))[""];
+const readOne = async (relay: RelayHandle, name: string): Promise<number | undefined> => (await read(relay, name))[""];
 
 /** Only what isn't 0, so that a test states what its traffic caused. */
 const counted = (values: Record<string, number>): Record<string, number> =>
@@ -68,9 +64,7 @@ async function rawSocket(relay: RelayHandle, origin: Uint8Array | string = "raw"
     "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
     "Origin: ",
   ];
-  socket.write(
-    Buffer.concat([Buffer.from(lines.join("\r\n")), Buffer.from(origin), Buffer.from("\r\n\r\n")]),
-  );
+  socket.write(Buffer.concat([Buffer.from(lines.join("\r\n")), Buffer.from(origin), Buffer.from("\r\n\r\n")]));
   await opened.promise;
   return {
     closed: closed.promise,
@@ -88,9 +82,7 @@ describe("every series", () => {
   test("of the specification is there with a type, a help and no other", async () => {
     await using relay = testRelay();
     const text = await scrape(relay);
-    const types = Object.fromEntries(
-      [...text.matchAll(/^# TYPE (\S+) (\S+)$/gm)].map(([, name, type]) => [name, type]),
-    );
+    const types = Object.fromEntries([...text.matchAll(/^# TYPE (\S+) (\S+)$/gm)].map(([, name, type]) => [name, type]));
     expect(types).toEqual({
       party_sockets_clients: "gauge",
       party_sockets_rooms: "gauge",
@@ -119,14 +111,12 @@ describe("every series", () => {
 
   test("is labelled with instance, region in upper case and version", async () => {
     await using relay = testRelay({ instance: "m1", region: "ams" });
-    for (const { labels } of parse(await scrape(relay)))
-      expect(labels).toMatchObject({ instance: "m1", region: "AMS", version });
+    for (const { labels } of parse(await scrape(relay))) expect(labels).toMatchObject({ instance: "m1", region: "AMS", version });
   });
 
   test("says local where instance and region are unset", async () => {
     await using relay = testRelay();
-    for (const { labels } of parse(await scrape(relay)))
-      expect(labels).toMatchObject({ instance: "local", region: "local" });
+    for (const { labels } of parse(await scrape(relay))) expect(labels).toMatchObject({ instance: "local", region: "local" });
   });
 
   test("is served as Prometheus' text format", async () => {
@@ -243,8 +233,7 @@ describe("who is there", () => {
 describe("origins", () => {
   const ORIGINS_SHOWN = 100; // as the specification has it, like the number below
   const ORIGINS_KEPT = 500;
-  const visit = async (relay: RelayHandle, origin: string) =>
-    (await Client.open(relay.url, { Origin: origin })).close();
+  const visit = async (relay: RelayHandle, origin: string) => (await Client.open(relay.url, { Origin: origin })).close();
 
   test("beyond 500 are forgotten, beyond 100 shown as __other__, and no count is lost", async () => {
     await using relay = testRelay();
@@ -292,9 +281,7 @@ describe("origins", () => {
   test("that call themselves __other__ make no second series of that name", async () => {
     await using relay = testRelay();
     await visit(relay, "__other__");
-    const series = parse(await scrape(relay)).filter(
-      ({ name }) => name === "party_sockets_connections_total",
-    );
+    const series = parse(await scrape(relay)).filter(({ name }) => name === "party_sockets_connections_total");
     expect(series).toHaveLength(1);
     expect(series[0]).toMatchObject({ labels: { origin: "__other__" }, value: 1 });
   });
