@@ -300,6 +300,8 @@ const CAP_LOG_MS = 60_000;
 const HOLD_MS = 2; // how long a busy relay holds broadcasts, to send several in one system call
 const HOLD_BYTES = 128 * 1024; // held frames together; well below what a socket may buffer
 const HOLD_ABOVE = 40; // deliveries a millisecond: from about a fifth of a core on, holding pays
+const HOLD_GAIN = 1.2; // held sends a room, below which holding costs latency and saves nothing
+const HOLD_PAUSE_MS = 1_000; // before it is tried again
 const HOLD_WINDOW_MS = 20; // over which that rate is taken
 
 // ---------------------------------------------------------------------------------------------------------
@@ -572,6 +574,8 @@ class Relay {
   outboxBytes = 0;
   cancelHold = () => {};
   holding = false;
+  /** No holding before this (clock time), because the last time it brought nothing together. */
+  holdFrom = 0;
   /** Deliveries since `loadSince`, for the rate that decides about holding. */
   load = 0;
   loadSince = 0;
@@ -664,7 +668,7 @@ function post(relay: Relay, send: Held): void {
   relay.load += send.to?.length ?? send.room.connected.size;
   const elapsed = now - relay.loadSince;
   if (elapsed >= HOLD_WINDOW_MS) {
-    relay.holding = relay.load > elapsed * HOLD_ABOVE;
+    relay.holding = relay.load > elapsed * HOLD_ABOVE && now >= relay.holdFrom;
     relay.load = 0;
     relay.loadSince = now;
   }
@@ -672,10 +676,20 @@ function post(relay: Relay, send: Held): void {
     emptyOutbox(relay);
     return deliver(relay, send);
   }
-  if (relay.outbox.length === 0) relay.cancelHold = relay.config.clock.after(HOLD_MS, () => emptyOutbox(relay));
+  if (relay.outbox.length === 0) relay.cancelHold = relay.config.clock.after(HOLD_MS, () => endHold(relay));
   relay.outbox.push(send);
   relay.outboxBytes += send.frame.length;
   if (relay.outboxBytes > HOLD_BYTES) emptyOutbox(relay);
+}
+
+/** Sends what was held, and stops holding for a while where no room had several sends among it: nothing was saved. */
+function endHold(relay: Relay): void {
+  const rooms = new Set(relay.outbox.map((held) => held.room)).size;
+  if (relay.outbox.length < rooms * HOLD_GAIN) {
+    relay.holding = false;
+    relay.holdFrom = relay.config.clock.now() + HOLD_PAUSE_MS;
+  }
+  emptyOutbox(relay);
 }
 
 function say(relay: Relay, socket: Socket, message: ServerMessage): void {
@@ -1271,7 +1285,10 @@ function repeat(relay: Relay, ms: number, run: () => void): void {
 
 /** What an address counts as: an IPv6 address as its /64, an IPv4-mapped one as IPv4; undefined where it is none. */
 export function addressKey(text: string): string | undefined {
-  const address = text.trim().replace(/%.*$/, "");
+  const address = text
+    .trim()
+    .replace(/^::ffff:(?=[\d.]+$)/i, "")
+    .replace(/%.*$/, "");
   if (isIP(address) !== 6) return isIP(address) === 4 ? address : undefined;
   const [left = "", right] = new URL(`http://[${address}]`).hostname.slice(1, -1).split("::"); // the one short form
   const head = left.split(":").filter(Boolean);
