@@ -1,0 +1,23 @@
+# Debian rather than Alpine: Bun's glibc build is the one that this project's tests run on.
+FROM oven/bun:1.4.5-slim
+
+# Where the source is, for whoever finds the image: --build-arg SOURCE=https://...
+ARG SOURCE
+LABEL org.opencontainers.image.title="party-sockets" \
+      org.opencontainers.image.version="1.0.0" \
+      org.opencontainers.image.source="$SOURCE"
+
+WORKDIR /app
+COPY package.json regions.ts server.ts ./
+
+# The base image's own user; the relay writes no file.
+USER bun
+ENV PORT=3000
+EXPOSE $PORT
+
+# 200 also while draining, so that nobody restarts it meanwhile.
+HEALTHCHECK --interval=30s --timeout=3s --start-period=5s \
+  CMD ["bun", "-e", "process.exit((await fetch('http://localhost:' + process.env.PORT + '/health')).ok ? 0 : 1)"]
+
+# Exec form: the relay is process 1 and gets the stop signal itself.
+CMD ["bun", "server.ts"]
