@@ -115,7 +115,7 @@ const overlap = (a: Place, b: Place): boolean => a.x < b.x + b.w && b.x < a.x + 
 // ---------------------------------------------------------------------------------------------------------
 
 const SCRAPE_MS = 200;
-const SCRAPES = 10; // what two rate intervals need, and a line that can be seen
+const SCRAPES = 8; // what two rate intervals need, and a line that can be seen
 const RATE_MS = 4 * SCRAPE_MS; // Grafana's $__rate_interval is four scrape intervals
 
 /** Why no Prometheus can be asked; undefined where there is one. */
