@@ -1385,7 +1385,8 @@ export function route(
 }
 
 /** Sends a request on to where it belongs. The only thing to swap for another platform. */
-function replay(target: `instance=${string}` | `region=${string}`): Response {
+function replay(relay: Relay, outcome: (typeof REPLAYS)[number], target: string): Response {
+  relay.replays[outcome]++;
   return reply(409, "", { "fly-replay": `${target};timeout=5s;fallback=force_self` });
 }
 
@@ -1587,6 +1588,7 @@ function watchLag(relay: Relay): void {
 // ---------------------------------------------------------------------------------------------------------
 
 const METHODS = "GET, HEAD, OPTIONS";
+type Answer = Response | undefined;
 
 /** Every answer over HTTP is made here. */
 function reply(status: number, body: string | object, headers: Record<string, string> = {}): Response {
@@ -1603,8 +1605,8 @@ function reply(status: number, body: string | object, headers: Record<string, st
   });
 }
 
-/** Answers one HTTP request; undefined where it became a WebSocket. */
-async function answer(relay: Relay, request: Request, server: Server<Session>): Promise<Response | undefined> {
+/** Answers one HTTP request, where the room is; undefined where it became a WebSocket. */
+function answer(relay: Relay, request: Request, server: Server<Session>): Answer | Promise<Answer> {
   const { config } = relay;
   const { method, headers } = request;
   if (method === "OPTIONS") {
@@ -1616,47 +1618,45 @@ async function answer(relay: Relay, request: Request, server: Server<Session>): 
   const peer = server.requestIP(request)?.address ?? "";
   const named = config.addressHeader === undefined ? null : headers.get(config.addressHeader);
   const address = addressKey(named?.split(",").at(-1) ?? "") ?? addressKey(peer) ?? peer;
-  // The host part may be anything that a client sends, so the path is cut out by hand and completed to a URL.
-  const { pathname: path, search: query } = new URL(
-    `http://relay${request.url.replace(/^https?:\/\/[^/?]*/i, "").replace(/^(?!\/)/, "/")}`,
-  );
+  // Cut out by hand, because the host before it may be anything that a client sends.
+  const [, path = "/", query = ""] = /^(?:https?:\/\/[^/?]*)?([^?]*)(.*)$/i.exec(request.url) ?? [];
   const upgrade = headers.get("upgrade")?.toLowerCase() === "websocket";
   const failed = headers.has("fly-replay-failed");
   const probe = config.flyApp !== undefined && named === null && headers.get("x-party-probe") === "1";
-  const asked = { path, query, upgrade, replayed: failed || headers.has("fly-replay-src"), failed, probe };
-  const decision = route(asked, config, (code) => relay.rooms.has(code));
+  const here = () => serve(relay, request, server, path, upgrade, address, probe);
   if (failed && config.flyApp !== undefined) relay.replays.failed++;
-
-  const refused = !probe && lockedOut(relay, address);
-  const code = codeInPath(path);
-  if (decision !== "here") {
-    if ("redirect" in decision) {
-      relay.replays.stale++;
-      return reply(302, "", { Location: decision.redirect });
-    }
-    if ("instance" in decision) {
-      relay.replays.instance++;
-      return replay(`instance=${decision.instance}`);
-    }
-    if ("region" in decision) {
-      relay.replays.region++;
-      return replay(`region=${decision.region}`);
-    }
-    if (!refused) {
-      const found = await search(relay, decision.searchSiblings, address);
-      if (found === "busy") return reply(503, { error: "Too many searches" }, { "Retry-After": "1" });
-      if (found !== undefined) {
-        relay.replays.sibling++;
-        return replay(`instance=${found}`);
-      }
-    }
+  const replayed = failed || headers.has("fly-replay-src");
+  const decision = route({ path, query, upgrade, replayed, failed, probe }, config, (code) => relay.rooms.has(code));
+  if (decision === "here") return here();
+  if ("redirect" in decision) {
+    relay.replays.stale++;
+    return reply(302, "", { Location: decision.redirect });
   }
+  if ("instance" in decision) return replay(relay, "instance", `instance=${decision.instance}`);
+  if ("region" in decision) return replay(relay, "region", `region=${decision.region}`);
+  if (lockedOut(relay, address)) return here();
+  const found = search(relay, decision.searchSiblings, address);
+  if (found === "busy") return reply(503, { error: "Too many searches" }, { "Retry-After": "1" });
+  return found.then((id) => (id === undefined ? here() : replay(relay, "sibling", `instance=${id}`)));
+}
 
+/** Answers a request on this machine. */
+function serve(
+  relay: Relay,
+  request: Request,
+  server: Server<Session>,
+  path: string,
+  upgrade: boolean,
+  address: string,
+  probe: boolean,
+): Answer {
   if (upgrade) return takeUpgrade(relay, request, server, address);
   if (path === "/health") return reply(200, { status: "ok" });
   if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
+  const code = codeInPath(path);
   if (code !== undefined) return roomAnswer(relay, code, probe ? undefined : address);
-  if (config.dashboardUrl !== undefined) return reply(302, "", { Location: config.dashboardUrl });
+  const { dashboardUrl } = relay.config;
+  if (dashboardUrl !== undefined) return reply(302, "", { Location: dashboardUrl });
   return reply(200, `rooms: ${relay.rooms.size}\nclients: ${relay.clients}\n`);
 }
 
@@ -1678,7 +1678,7 @@ function roomAnswer(relay: Relay, code: string, address: string | undefined): Re
   return reply(200, { ...known, locked: locked || undefined, url }, headers);
 }
 
-function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string): Response | undefined {
+function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string): Answer {
   const origin = request.headers.get("origin");
   const { allowedOrigins } = relay.config;
   if (origin !== null && allowedOrigins !== undefined && !allowedOrigins.has(origin.toLowerCase()))
