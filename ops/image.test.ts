@@ -96,9 +96,12 @@ async function addBase(root: string): Promise<void> {
 }
 
 async function buildHere() {
+  await using stack = new AsyncDisposableStack();
   const root = await mkdtemp(join(tmpdir(), "party-sockets-image-"));
+  stack.defer(() => rm(root, { recursive: true, force: true }));
   const image = await build(root);
-  return { root, image, [Symbol.asyncDispose]: () => rm(root, { recursive: true, force: true }) };
+  const kept = stack.move();
+  return { root, image, [Symbol.asyncDispose]: () => kept.disposeAsync() };
 }
 
 describe("the image", () => {

@@ -20,7 +20,9 @@ function replaceOne(text: string, what: string, by: string): string {
 
 /** Starts an nginx of the test's own in front of a relay. @param readTimeout instead of the 60 s of nginx.conf */
 async function startNginx(relay: RelayHandle, readTimeout = "60s") {
+  await using stack = new AsyncDisposableStack();
   const directory = await mkdtemp(join(tmpdir(), "party-sockets-nginx-"));
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
   const probe = Bun.serve({ port: 0, hostname: "127.0.0.1", fetch: () => new Response() });
   const address = `127.0.0.1:${probe.port}`; // nginx takes no port 0, so a free one is found first
   await probe.stop(true);
@@ -35,20 +37,18 @@ async function startNginx(relay: RelayHandle, readTimeout = "60s") {
      http { access_log off; ${temporary.join(" ")} include ${directory}/site.conf; }`,
   );
   const server = Bun.spawn([nginx as string, "-e", "stderr", "-c", join(directory, "nginx.conf")], { stderr: "pipe" });
+  stack.defer(async () => {
+    server.kill();
+    await server.exited;
+  });
   let log = "";
   for await (const text of server.stderr.pipeThrough(new TextDecoderStream())) {
     log += text;
     if (log.includes("start worker process ")) break;
   }
   if (server.exitCode !== null) throw new Error(log);
-  return {
-    url: `http://${address}`,
-    async [Symbol.asyncDispose]() {
-      server.kill();
-      await server.exited;
-      await rm(directory, { recursive: true, force: true });
-    },
-  };
+  const running = stack.move();
+  return { url: `http://${address}`, [Symbol.asyncDispose]: () => running.disposeAsync() };
 }
 
 /** The status of a GET. @param from the address of this machine that it comes from, which `fetch` can't choose */
