@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { mkdir } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { testRelay } from "../testing.ts";
+import { Client, testRelay, type Frame } from "../testing.ts";
 import {
   cleanName,
   COLOURS,
@@ -176,8 +176,11 @@ class Tab {
       },
     });
   }
+  blank(): Promise<void> {
+    return this.#view.navigate("about:blank");
+  }
   async open(url: string): Promise<void> {
-    await this.#view.navigate("about:blank"); // a change of the hash alone would load nothing
+    await this.blank(); // a change of the hash alone would load nothing
     const mobile = this.#size === PHONE;
     await this.#view.cdp("Emulation.setDeviceMetricsOverride", { ...this.#size, mobile, deviceScaleFactor: 1 });
     await this.#view.navigate(url);
@@ -343,6 +346,46 @@ describe.skipIf(missing !== "")(`in a browser${missing}`, () => {
     await bob.says("#trouble", "The host's room is closed");
     await host.says("#trouble", "The game is over");
     for (const tab of [host, ann, bob, cat]) expect(tab.faults).toEqual([]);
+  }, 20_000);
+
+  test("a guest that lies gains nothing", async () => {
+    using host = new Tab(TELEVISION);
+    await host.open(`${demo.url.origin}/#host`);
+    const liar = await Client.open(relay.url);
+    const { host: hostSlot } = await liar.join(await code(host), "liar");
+    expect(hostSlot).toBeUndefined(); // so it is 0
+    const say = (data: unknown) => liar.send({ type: "send", data, echo: true });
+    /** The next state that fits. */
+    async function state(fits: (game: Game) => boolean): Promise<Game> {
+      for (;;) {
+        const frame: Frame = await liar.next();
+        if (frame.type === "state" && fits(frame.data)) return frame.data;
+      }
+    }
+    await host.says("#headcount", "1 in");
+    await host.click("#start");
+    const lies = [null, "won", { press: "" }, { winner: 1 }, { ...newGame(), phase: "won", winner: 1 }];
+    for (const lie of lies) say(lie);
+    liar.send({ type: "set_state", data: { ...newGame(), phase: "won", winner: 1 } });
+    say({ name: "<img src=x onerror=alert(1)>" });
+    await host.says(`${row(1)} .name`, "<img src=x onerr"); // cut, and only text
+    expect(await host.text("#host")).not.toContain("was first");
+    await host.click("#open");
+    const first = await state(({ phase }) => phase === "open");
+
+    // What it presses while the host is away is missed by the host, so the round doesn't count.
+    await host.blank();
+    while ((await liar.next()).type !== "peer_left");
+    say(press(first));
+    await host.open(`${demo.url.origin}/#host`);
+    const second = await state(({ phase }) => phase === "open");
+    expect(second.round).not.toBe(first.round);
+    say(press(first));
+    say(press(second));
+    await host.says("#winner b", "<img");
+    expect((await state(({ phase }) => phase === "won")).winner).toBe(1);
+    expect(host.faults).toEqual([]);
+    await liar.close();
   }, 20_000);
 
   test("a relay that is stopped and started again: the pages say so, and play on", async () => {

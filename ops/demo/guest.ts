@@ -82,6 +82,7 @@ export function guestScreen(place: Place, code: string, name: string, end: (mess
 
   const canPress = () =>
     party.status().state === "open" &&
+    hostHere &&
     game.phase === "open" &&
     game.winner === null &&
     pressed !== game.round &&

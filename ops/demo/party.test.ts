@@ -154,8 +154,10 @@ describe("entering a room", () => {
     world.socket.accept();
     expect(world.socket.sent).toEqual([{ type: "join", clientId, room: CODE }]);
     world.socket.say(joined(0));
-    world.connect({ create });
-    expect(world.socket.url).toBe(`wss://relay.example/${CODE}?instance=d8911`);
+    for (const options of [{ create }, { room: CODE }]) {
+      world.connect(options);
+      expect(world.socket.url).toBe(`wss://relay.example/${CODE}?instance=d8911`);
+    }
   });
 
   test("keeps the clientId for another room, but not the machine of the last", () => {
@@ -302,6 +304,14 @@ describe("after a loss", () => {
     expect(world.sockets).toHaveLength(2); // it is on its way
   });
 
+  test("hangs up when the page is put away, and comes back with the page", () => {
+    const { world } = joinedWorld();
+    world.window.dispatchEvent(new Event("pagehide"));
+    expect(world.socket.readyState).toBe(2);
+    world.window.dispatchEvent(new Event("pageshow"));
+    expect(world.sockets).toHaveLength(2);
+  });
+
   test.each([1008, 1012, 1013])("doesn't hurry where the relay closed with %d", (code) => {
     const { world } = joinedWorld();
     world.socket.end(code);
@@ -322,7 +332,7 @@ describe("close codes", () => {
     const { world, party } = joinedWorld();
     world.socket.end(code, "for good");
     world.document.dispatchEvent(new Event("visibilitychange"));
-    world.window.dispatchEvent(new Event("online"));
+    for (const event of ["online", "pagehide", "pageshow"]) world.window.dispatchEvent(new Event(event));
     world.wait();
     expect(world.sockets).toHaveLength(1);
     expect(party.status()).toEqual({ state: "closed", code, reason: "for good" });

@@ -69,6 +69,7 @@ export function connect({ url, room, create, clientId, storage, env = globalThis
 
   const listeners = new Map<string, Set<(event: any) => void>>();
   const queue: Command[] = [];
+  const ended = new AbortController(); // its signal ends what listens to the page
   let status: Status = { state: "connecting" };
   let socket: WebSocket | undefined;
   let timer: ReturnType<typeof setTimeout> | undefined; // this state's: give up, ping or try again
@@ -161,8 +162,7 @@ export function connect({ url, room, create, clientId, storage, env = globalThis
   }
   function end(code: number | string, reason: string): void {
     drop();
-    document?.removeEventListener("visibilitychange", wake);
-    window?.removeEventListener("online", wake);
+    ended.abort();
     if (code !== REPLACED && code !== "closed") enter(); // with those two the slot is still this client's
     become({ state: "closed", code, reason });
   }
@@ -188,8 +188,9 @@ export function connect({ url, room, create, clientId, storage, env = globalThis
   }
   /** Hangs up; the slot stays this client's. The command `leave` gives up the place as well. */
   const close = (): void => end("closed", "closed here");
-  document?.addEventListener("visibilitychange", wake);
-  window?.addEventListener("online", wake);
+  document?.addEventListener("visibilitychange", wake, ended);
+  for (const event of ["online", "pageshow"]) window?.addEventListener(event, wake, ended);
+  window?.addEventListener("pagehide", () => lost(LOST, "the page is hidden"), ended); // or a cached page keeps its socket
   open();
   return { on, send, command, wake, close, status: () => status };
 }
