@@ -255,7 +255,7 @@ export function memberText(json: string, name: string): string | undefined {
 // Limits
 // ---------------------------------------------------------------------------------------------------------
 
-/** Limits with a variable each, and their defaults. 0 means unlimited, unless the line says otherwise. */
+/** Limits with a variable each (maxRooms: MAX_ROOMS), and their defaults. 0 means unlimited, unless the line says otherwise. */
 export const LIMITS = {
   maxMessageBytes: 256 * 1024, // one drawing as a data URL; not assets
   maxMessagesPerSecond: 200, // a socket; three times a 60 Hz game. The burst is twice that
@@ -407,16 +407,12 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     log: logText,
     clock: systemClock,
     siblings: undefined,
-    maxMessageBytes: whole("MAX_MESSAGE_BYTES", LIMITS.maxMessageBytes, MANY),
-    maxMessagesPerSecond: whole("MAX_MESSAGES_PER_SECOND", LIMITS.maxMessagesPerSecond, MANY),
-    maxBufferedBytes: whole("MAX_BUFFERED_BYTES", LIMITS.maxBufferedBytes, MANY),
-    maxClientsPerRoom: whole("MAX_CLIENTS_PER_ROOM", LIMITS.maxClientsPerRoom, MANY),
-    maxRooms: whole("MAX_ROOMS", LIMITS.maxRooms, MANY),
-    maxConnections: whole("MAX_CONNECTIONS", LIMITS.maxConnections, MANY),
-    maxMissesPerMinute: whole("MAX_MISSES_PER_MINUTE", LIMITS.maxMissesPerMinute, MANY),
-    drainSeconds: whole("DRAIN_SECONDS", LIMITS.drainSeconds, LONG),
-    idleExitSeconds: whole("IDLE_EXIT_SECONDS", LIMITS.idleExitSeconds, LONG),
+    ...LIMITS,
   };
+  for (const name of Object.keys(LIMITS) as (keyof typeof LIMITS)[]) {
+    const variable = name.replace(/[A-Z]/g, "_$&").toUpperCase();
+    config[name] = whole(variable, LIMITS[name], name.endsWith("Seconds") ? LONG : MANY);
+  }
   const { flyApp, flyRegion, maxBufferedBytes, maxMessageBytes } = config;
   if (maxBufferedBytes !== 0 && maxMessageBytes !== 0 && maxBufferedBytes < 4 * maxMessageBytes)
     faults.push(
@@ -491,32 +487,41 @@ export function regionOf(code: string): string | undefined {
 /** A place in a room. It is connected, or absent, or barred. */
 type Slot = { readonly index: number; readonly clientId: string; readonly room: Room; barred: boolean };
 
-type Room = {
-  readonly code: string;
-  /** The creator's Origin header, and where its rooms are counted. */
-  readonly origin: Origin;
+class Room {
   readonly linger: number;
   readonly hostGrace: number | undefined;
   readonly migrate: boolean;
-  readonly url: string | undefined;
   maxClients: number;
-  locked: boolean;
-  host: number;
+  locked = false;
+  host = 0;
   /** The snapshot, as the frame that is sent. */
   state: string | undefined;
-  nextIndex: number;
+  nextIndex = 0;
   /** Every slot that the room remembers. */
-  readonly known: Map<string, Slot>;
-  readonly connected: Map<number, Socket>;
+  readonly known = new Map<string, Slot>();
+  readonly connected = new Map<number, Socket>();
   /** Slots with nobody on them, the longest gone first; without the host's. */
-  readonly absent: Set<Slot>;
+  readonly absent = new Set<Slot>();
   /** What the room's one timer waits for: nobody is connected, or the host is away. */
   waiting: "linger" | "host" | undefined;
-  waitEnds: number;
-  cancelWait: () => void;
+  waitEnds = 0;
+  cancelWait = () => {};
   /** Payload bytes published so far: who hasn't been heard from over many of them was too slow. */
-  published: number;
-};
+  published = 0;
+
+  /** @param origin the creator's Origin header, where its rooms are counted */
+  constructor(
+    readonly code: string,
+    readonly origin: Origin,
+    readonly url: string | undefined,
+    { maxClients, linger = 0, hostGrace, migrate = false }: Message<"create">,
+  ) {
+    this.maxClients = maxClients;
+    this.linger = linger;
+    this.hostGrace = hostGrace;
+    this.migrate = migrate;
+  }
+}
 
 /** What is known of a socket. */
 class Session {
@@ -896,7 +901,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       const fault = clientIdFault(fields) ?? maxClientsFault(fields, config) ?? optionsFault(fields);
       return fault ?? (fields as Message<"create">);
     },
-    handle(relay, socket, { clientId, maxClients, linger = 0, hostGrace, migrate = false, url }, slot) {
+    handle(relay, socket, message, slot) {
+      const { clientId, url } = message;
       const { instance, region, flyRegion } = relay.config;
       let code = newCode(flyRegion);
       while (relay.rooms.has(code)) code = newCode(flyRegion);
@@ -907,26 +913,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       if (relay.drainEnds !== undefined) return DRAINING;
       if (!placeForRoom(relay)) return CAPACITY;
       const origin = useOrigin(relay, socket.data.originName);
-      const room: Room = {
-        code,
-        origin,
-        linger,
-        hostGrace,
-        migrate,
-        url: filled,
-        maxClients,
-        locked: false,
-        host: 0,
-        state: undefined,
-        nextIndex: 0,
-        known: new Map(),
-        connected: new Map(),
-        absent: new Set(),
-        waiting: undefined,
-        waitEnds: 0,
-        cancelWait: () => {},
-        published: 0,
-      };
+      const room = new Room(code, origin, filled, message);
       relay.rooms.set(code, room);
       relay.createdTotal++;
       origin.rooms++;
@@ -1623,10 +1610,11 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   const upgrade = headers.get("upgrade")?.toLowerCase() === "websocket";
   const failed = headers.has("fly-replay-failed");
   const probe = config.flyApp !== undefined && named === null && headers.get("x-party-probe") === "1";
-  const here = () => serve(relay, request, server, path, upgrade, address, probe);
   if (failed && config.flyApp !== undefined) relay.replays.failed++;
   const replayed = failed || headers.has("fly-replay-src");
-  const decision = route({ path, query, upgrade, replayed, failed, probe }, config, (code) => relay.rooms.has(code));
+  const asked = { path, query, upgrade, replayed, failed, probe };
+  const here = () => (upgrade ? takeUpgrade(relay, request, server, address) : serve(relay, path, probe ? undefined : address));
+  const decision = route(asked, config, (code) => relay.rooms.has(code));
   if (decision === "here") return here();
   if ("redirect" in decision) {
     relay.replays.stale++;
@@ -1640,27 +1628,20 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   return found.then((id) => (id === undefined ? here() : replay(relay, "sibling", `instance=${id}`)));
 }
 
-/** Answers a request on this machine. */
-function serve(
-  relay: Relay,
-  request: Request,
-  server: Server<Session>,
-  path: string,
-  upgrade: boolean,
-  address: string,
-  probe: boolean,
-): Answer {
-  if (upgrade) return takeUpgrade(relay, request, server, address);
+/**
+ * Answers a plain request on this machine.
+ * @param address whose miss it is; undefined where misses don't count
+ */
+function serve(relay: Relay, path: string, address: string | undefined): Response {
   if (path === "/health") return reply(200, { status: "ok" });
   if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
   const code = codeInPath(path);
-  if (code !== undefined) return roomAnswer(relay, code, probe ? undefined : address);
+  if (code !== undefined) return roomAnswer(relay, code, address);
   const { dashboardUrl } = relay.config;
   if (dashboardUrl !== undefined) return reply(302, "", { Location: dashboardUrl });
   return reply(200, `rooms: ${relay.rooms.size}\nclients: ${relay.clients}\n`);
 }
 
-/** @param address whose miss it is; undefined where misses don't count */
 function roomAnswer(relay: Relay, code: string, address: string | undefined): Response {
   const headers = { "X-Instance-Id": relay.config.instance };
   const tooMany = () => {
