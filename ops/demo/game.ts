@@ -5,7 +5,7 @@
 
 /** Guests that one room takes: a colour for each. */
 export const MAX_PLAYERS = 12;
-const NAME_LENGTH = 16; // characters; fits the list on a phone
+export const NAME_LENGTH = 16; // characters; fits the list on a phone
 export const QUESTION_LENGTH = 140; // characters; readable from the sofa
 
 /** Label, background and text colour of a slot; the two contrast by 4.5 or more. */

@@ -1,7 +1,7 @@
 /** A phone in somebody's hand: one big button. What happens in the game is what the host's state says. */
 import { cleanName, colourOf, labelOf, newGame, parseGame, press, wins, type Game } from "./game.ts";
 import { connect, type Status } from "./party.ts";
-import { announce, banner, byId, setQuestion, setText, watchHealth, type Place, type Screen } from "./ui.ts";
+import { announce, banner, byId, Close, setQuestion, setText, watchHealth, type Place, type Screen } from "./ui.ts";
 
 /**
  * @param name what the player called itself before; may be empty
@@ -27,6 +27,7 @@ export function guestScreen(place: Place, code: string, name: string, end: (mess
     entered = true;
     slot = message.index;
     host = message.host ?? 0;
+    if (slot === host) location.hash = "host"; // the host's tab, by the guests' link
     hostHere = message.peers.includes(host);
     sayName();
     render();
@@ -61,7 +62,7 @@ export function guestScreen(place: Place, code: string, name: string, end: (mess
   party.on("status", (status) => {
     if (status.state !== "closed") return render();
     if (status.code === "closed") return;
-    if (status.code === 4000) {
+    if (status.code === Close.REPLACED) {
       render();
       banner("You are playing in another tab.", { label: "Play here", run: () => location.reload() });
     } else end(farewell(status), name);
@@ -70,8 +71,8 @@ export function guestScreen(place: Place, code: string, name: string, end: (mess
 
   /** Why this phone is out of the room, for people. */
   function farewell({ code: why, reason }: Status): string {
-    if (why === 4001) return "The host's room is closed.";
-    if (why === 4002 || why === "kicked") return "The host has removed you from that room.";
+    if (why === Close.ROOM_CLOSED) return "The host's room is closed.";
+    if (why === Close.KICKED || why === "kicked") return "The host has removed you from that room.";
     if (why === "left") return "";
     if (why === "room_locked") return "That room is locked: its game has started.";
     if (why === "room_full") return "That room is full.";

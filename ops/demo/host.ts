@@ -14,7 +14,7 @@ import {
   type Game,
 } from "./game.ts";
 import { connect } from "./party.ts";
-import { announce, banner, byId, setQuestion, setText, twice, watchHealth, type Place, type Screen } from "./ui.ts";
+import { announce, banner, byId, Close, setQuestion, setText, twice, watchHealth, type Place, type Screen } from "./ui.ts";
 
 const LINGER_SECONDS = 120; // alone in the room, and away to send the code to somebody
 const GRACE_SECONDS = 300; // before guests are told that the host doesn't come back
@@ -93,7 +93,8 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
     announce(`${labelOf(game, index)} ${resumed ? "is back" : "joined"}`);
     if (resumed) {
       setTimeout(() => {
-        if (presence.get(index) === "back") presence.set(index, "here");
+        if (presence.get(index) !== "back" || party.status().state === "closed") return;
+        presence.set(index, "here");
         render();
       }, BACK_MS);
     }
@@ -122,16 +123,17 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
   });
   party.on("error", ({ message }) => banner(`The relay refused that: ${message}.`, dismiss));
   party.on("status", (status) => {
-    if (status.state === "closed" && status.code === 4000) {
+    if (status.state === "closed" && status.code === Close.REPLACED) {
       banner("This game went on in another tab.", { label: "Host here", run: () => location.reload() });
     } else if (status.state === "closed" && status.code !== "closed") {
-      end(status.code === 4001 ? "The game is over." : `The relay didn't let this screen in: ${status.reason}.`);
+      end(status.code === Close.ROOM_CLOSED ? "The game is over." : `The relay didn't let this screen in: ${status.reason}.`);
     }
   });
   watchHealth(party);
 
   const dismiss = { label: "OK", run: () => banner("") };
   const question = byId<HTMLInputElement>("question");
+  question.maxLength = QUESTION_LENGTH;
   byId("start").onclick = () => {
     if (here().length === 0) return;
     party.command({ type: "set_room", locked: true });
@@ -139,7 +141,7 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
   };
   byId("askForm").onsubmit = (event) => {
     event.preventDefault();
-    openRound(question.value.trim().slice(0, QUESTION_LENGTH), []);
+    openRound(question.value.trim(), []);
     question.value = "";
   };
   byId("shut").onclick = () => change({ phase: "ready" });
@@ -221,7 +223,8 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
       rows.delete(slot);
     }
     for (const slot of slots) {
-      const row = rows.get(slot) ?? list.appendChild(newRow(slot));
+      const next = slots.find((other) => other > slot && rows.has(other));
+      const row = rows.get(slot) ?? list.insertBefore(newRow(slot), next === undefined ? null : rows.get(next)!);
       rows.set(slot, row);
       const player = playerOf(game, slot);
       const status = player.kicked ? "kicked" : (presence.get(slot) ?? "away");

@@ -1,11 +1,12 @@
 /** Chooses the screen by the address: `#host`, `#CODE` or `?room=CODE`, or the form for a code. */
-import { findCode, isCode } from "./game.ts";
+import { findCode, isCode, NAME_LENGTH } from "./game.ts";
 import { guestScreen } from "./guest.ts";
 import { hostScreen } from "./host.ts";
 import { banner, byId, setText, type Place, type Screen } from "./ui.ts";
 
 const codeInput = byId<HTMLInputElement>("codeInput");
 const nameInput = byId<HTMLInputElement>("nameInput");
+for (const input of [nameInput, byId<HTMLInputElement>("myName")]) input.maxLength = NAME_LENGTH;
 let place: Place;
 let screen: Screen | undefined;
 let shown = "";

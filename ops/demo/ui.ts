@@ -1,5 +1,18 @@
 /** What both screens of the demo share: elements, the banner, the news for screen readers, the relay's health. */
+import type { CloseCode } from "../../server.ts";
 import type { Party, Status } from "./party.ts";
+
+const LONG = 60; // characters of a question that fills more than two lines of a television
+
+/** Close codes as the relay names them, written out here because its code has no business in a browser. */
+export const Close = {
+  TOO_MANY_ATTEMPTS: 1008,
+  RESTARTING: 1012,
+  SERVER_FULL: 1013,
+  REPLACED: 4000,
+  ROOM_CLOSED: 4001,
+  KICKED: 4002,
+} satisfies Partial<typeof CloseCode>;
 
 /** A screen of the page; `close` stops all that it does. */
 export type Screen = { close(): void };
@@ -20,7 +33,7 @@ export function setText(element: Element, text: string): void {
 /** Shows the question, smaller where it is long. */
 export function setQuestion(element: Element, question: string): void {
   setText(element, question);
-  element.classList.toggle("long", question.length > 60);
+  element.classList.toggle("long", question.length > LONG);
 }
 
 /** Says something to screen readers. */
@@ -63,9 +76,9 @@ export function twice(button: HTMLButtonElement, question: string, run: () => vo
 
 /** Why there is no connection, in words for people. */
 function explain({ code }: Status): string {
-  if (code === 1012 || code === "draining") return "The relay is restarting. Back in a moment…";
-  if (code === 1013 || code === "capacity") return "The relay is full. Trying again in a few seconds…";
-  if (code === 1008) return "Too many wrong codes from this network. Trying again in half a minute…";
+  if (code === Close.RESTARTING || code === "draining") return "The relay is restarting. Back in a moment…";
+  if (code === Close.SERVER_FULL || code === "capacity") return "The relay is full. Trying again in a few seconds…";
+  if (code === Close.TOO_MANY_ATTEMPTS) return "Too many wrong codes from this network. Trying again in half a minute…";
   return "The relay can't be reached. Trying again…";
 }
 
@@ -76,7 +89,7 @@ export function watchHealth(party: Party): void {
   const show = (status: Status) => {
     const away = status.code !== undefined && status.state !== "open" && status.state !== "closed";
     link.dataset.state = away ? "away" : status.state;
-    if (status.state !== "open") setText(byId("latency"), away ? "No connection" : "Connecting…");
+    if (status.state !== "open") setText(byId("latency"), away || status.state === "closed" ? "No connection" : "Connecting…");
     const impatient = status.code === 1006 ? { label: "Try now", run: party.wake } : undefined;
     if (away) banner(explain(status), impatient);
     else if (status.state === "open") banner("");
