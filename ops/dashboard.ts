@@ -133,8 +133,9 @@ export type Prometheus = {
   ask(path: string, query: Record<string, string>): Promise<any>;
   /** The labels that it gave the two machines, by who names them: the relay, Prometheus or Fly.io. */
   labellings: Record<string, Chosen>;
-  /** When the first scrape ran, in seconds since 1970. */
+  /** The time to ask about, in seconds since 1970: from before the first scrape until all had enough, and the last went well. */
   since: number;
+  until: number;
   [Symbol.asyncDispose](): Promise<void>;
 };
 type Chosen = { region: string[]; instance: string[] };
@@ -205,19 +206,25 @@ export async function startPrometheus(): Promise<Prometheus> {
     if (status !== "success") throw new Error(error);
     return data;
   };
-  const players = stack.use(await play(ams, fra));
+  stack.use(await play(ams, fra));
   const since = Date.now() / 1000;
-  for (;;) {
-    if (prometheus.exitCode !== null) throw new Error(`prometheus ended with ${prometheus.exitCode}`);
-    const query = 'min(count_over_time(party_sockets_messages_total{direction="in"}[1h]))';
-    const answer = await ask("query", { query }).catch(() => undefined); // refused until it listens
-    const scrapes = Number(answer?.result[0]?.value[1] ?? 0);
-    if (scrapes >= SCRAPES) break;
-    if (scrapes >= SCRAPES / 2) players.drainSecond();
-    await Bun.sleep(SCRAPE_MS / 2); // it tells nobody when it has scraped
-  }
+  /** Waits until an expression has an answer. @returns for which time, in seconds since 1970 */
+  const holds = async (expr: string): Promise<number> => {
+    for (;;) {
+      if (prometheus.exitCode !== null) throw new Error(`prometheus ended with ${prometheus.exitCode}`);
+      const time = Date.now() / 1000 - (2 * SCRAPE_MS) / 1000; // a scrape that began before has ended by now, well or not
+      const answer = await ask("query", { query: expr, time: `${time}` }).catch(() => undefined); // refused until it listens
+      if (answer !== undefined && answer.result.length > 0) return time;
+      await Bun.sleep(SCRAPE_MS / 2); // it tells nobody when it has scraped
+    }
+  };
+  const scrapes = "min(count_over_time(party_sockets_clients[1h]))";
+  await holds(`${scrapes} >= ${SCRAPES / 2}`);
+  void fra.drain(); // the dashboard shows that, too
+  const jobs = Object.keys(labellings).length;
+  const until = await holds(`${scrapes} >= ${SCRAPES} and min(up) == 1 and count(party_sockets_draining == 1) == ${jobs}`);
   const running = stack.move();
-  return { ask, labellings, since, [Symbol.asyncDispose]: () => running.disposeAsync() };
+  return { ask, labellings, since, until, [Symbol.asyncDispose]: () => running.disposeAsync() };
 }
 
 /** Traffic of all kinds that a panel shows. It goes on until disposed. */
@@ -258,14 +265,7 @@ async function play(first: RelayHandle, second: RelayHandle) {
       await visitor.close();
     });
   }, TICK_MS);
-  let draining = false;
-  return {
-    drainSecond() {
-      if (!draining) void second.drain();
-      draining = true;
-    },
-    [Symbol.dispose]: () => clearInterval(timer),
-  };
+  return { [Symbol.dispose]: () => clearInterval(timer) };
 }
 
 const anyOf = (values: string[]): string =>
@@ -284,7 +284,7 @@ function fill(expr: string, { region, instance }: Chosen): string {
 
 /** Puts every query of the dashboard to Prometheus, under each labelling for all machines and for one. */
 export async function evaluate({ panels, annotations, templating }: Dashboard, prometheus: Prometheus): Promise<Answer[]> {
-  const now = Date.now() / 1000;
+  const { since, until } = prometheus;
   const answers: Promise<Answer>[] = [];
   const attempt = async (answer: Omit<Answer, "series">, series: () => Promise<Series[]>): Promise<Answer> => {
     try {
@@ -297,9 +297,11 @@ export async function evaluate({ panels, annotations, templating }: Dashboard, p
   };
   const put = (where: string, labelling: string, chosen: Chosen, target: Target) => {
     const expr = fill(target.expr, chosen);
-    const range = { start: `${prometheus.since}`, end: `${now}`, step: `${SCRAPE_MS / 1000}` };
+    const step = SCRAPE_MS / 1000;
+    const start = until - step * Math.ceil((until - since) / step); // so that the last step is the end
+    const range = { start: `${start}`, end: `${until}`, step: `${step}` };
     const asked = target.instant
-      ? prometheus.ask("query", { query: expr })
+      ? prometheus.ask("query", { query: expr, time: `${until}` })
       : prometheus.ask("query_range", { query: expr, ...range });
     answers.push(attempt({ where, labelling, expr, target }, async () => readSeries(await asked)));
   };
@@ -320,7 +322,7 @@ export async function evaluate({ panels, annotations, templating }: Dashboard, p
       answers.push(
         attempt({ where: `variable ${name}`, labelling, expr }, async () => {
           const offered = await values;
-          return wanted.every((value) => offered.includes(value)) ? [{ labels: {}, points: [[now, offered.length]] }] : [];
+          return wanted.every((value) => offered.includes(value)) ? [{ labels: {}, points: [[until, offered.length]] }] : [];
         }),
       );
     }
