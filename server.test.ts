@@ -973,6 +973,13 @@ describe("stopping", () => {
     void q.relay.drain();
     expect((await q.host.closed).code).toBe(1012);
   });
+  test("answers the leave of the last member before it ends", async () => {
+    await using p = await party(0);
+    void p.relay.drain();
+    await p.host.next();
+    expect(await p.host.ask({ type: "leave" })).toEqual({ type: "left", room: p.room });
+    expect(await p.host.closed).toEqual({ code: 1012, reason: "restarting" });
+  });
   test("IDLE_EXIT_SECONDS: ends after so long with no socket and no room", async () => {
     const clock = new TestClock();
     await using p = await party(0, { clock, idleExitSeconds: 10 });

@@ -1063,8 +1063,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     who: "member",
     parse: () => ({ type: "leave" }),
     handle(relay, socket, _, slot) {
+      say(relay, socket, { type: "left", room: slot.room.code }); // first: in a drain the last one's leaving ends the relay
       depart(relay, socket, slot, "left", "left");
-      say(relay, socket, { type: "left", room: slot.room.code });
     },
   },
 

@@ -715,8 +715,6 @@ class Writer {
   #type(room: Room | undefined, index: number | undefined, mayCreate: boolean): string {
     const { dice } = this;
     const roomless = room === undefined;
-    // Whether `left` still comes where a `leave` ends the last room of a drain, and with it the relay, isn't specified.
-    const last = this.model.drainEnds !== undefined && this.model.rooms.size === 1;
     const host = roomless ? 3 : index === room.host ? 30 : 6;
     const type = dice.weighted({
       ping: 3,
@@ -724,7 +722,7 @@ class Writer {
       create: !mayCreate || this.#tied() ? 0 : roomless ? 30 : 3,
       join: roomless ? 70 : 1,
       send: roomless ? 3 : 45,
-      leave: roomless ? 1 : last ? 0 : 2,
+      leave: roomless ? 1 : 2,
       host,
     });
     return type === "host" ? dice.weighted(HOST_MESSAGES) : type;
