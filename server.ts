@@ -1128,6 +1128,7 @@ function opened(relay: Relay, socket: Socket): void {
   socket.data.heardAt = clock.now();
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
     capReached(relay, "connections");
+    relay.errors.capacity++;
     const victim = first(relay.roomless.values()) ?? socket;
     hangUp(relay, victim, CloseCode.SERVER_FULL, "server full");
     if (victim === socket) return;
@@ -1165,6 +1166,7 @@ function takeToken(relay: Relay, socket: Socket): void {
   socket.pause();
   relay.paused.add(socket);
   relay.pausedTotal++;
+  capReached(relay, "messages per second");
   armRefill(relay);
 }
 
@@ -1212,8 +1214,9 @@ function closed(relay: Relay, socket: Socket, code: number): void {
     const { maxBufferedBytes } = relay.config;
     // A cut for backpressure reads as 1006 like any loss; who let a whole buffer pass unheard was too slow.
     const behind = slot.room.published - session.heardBytes;
-    const slow = maxBufferedBytes !== 0 && behind >= maxBufferedBytes;
-    depart(relay, socket, slot, code !== 1006 ? "left" : slow ? "slow" : "lost");
+    const slow = code === 1006 && maxBufferedBytes !== 0 && behind >= maxBufferedBytes;
+    if (slow) capReached(relay, "buffered bytes");
+    depart(relay, socket, slot, slow ? "slow" : code === 1006 ? "lost" : "left");
   }
   relay.roomless.delete(socket);
   watchIdle(relay);
@@ -1388,7 +1391,10 @@ function search(relay: Relay, code: string, address: string): Promise<string | u
   const running = relay.searches.get(code);
   if (running !== undefined) return running.result;
   const own = relay.searches.values().reduce((n, other) => n + (other.address === address ? 1 : 0), 0);
-  if (relay.searches.size >= SEARCHES || own >= SEARCHES_PER_ADDRESS) return "busy";
+  if (relay.searches.size >= SEARCHES || own >= SEARCHES_PER_ADDRESS) {
+    capReached(relay, "searches");
+    return "busy";
+  }
   const result = askSiblings(relay, siblings, code).finally(() => relay.searches.delete(code));
   relay.searches.set(code, { address, result });
   return result;
@@ -1485,11 +1491,11 @@ const by = (label: string, counts: Record<string, number>): Sample[] =>
 
 const OTHER_ORIGINS = "__other__";
 
-/** The origins with the most to show; what `total` has beyond them is summed, so that nothing is lost from sight. */
+/** The origins with the most of `key`; what `total` has beyond them is summed. So no counter ever goes down. */
 function byOrigin(relay: Relay, key: Exclude<keyof Origin, "name">, total: number): Sample[] {
   const shown = [...relay.origins.values()]
     .filter((origin) => origin.name !== OTHER_ORIGINS)
-    .sort((a, b) => b.clients - a.clients || b.connections - a.connections)
+    .sort((a, b) => b[key] - a[key] || b.connections - a.connections)
     .slice(0, ORIGINS_SHOWN);
   const rest = total - shown.reduce((sum, origin) => sum + origin[key], 0);
   const samples = shown.map((origin): Sample => [{ origin: origin.name }, origin[key]]);
@@ -1677,14 +1683,14 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
 function drain(relay: Relay): void {
   const { config } = relay;
   const { clock, drainSeconds, log } = config;
-  if (relay.drainEnds !== undefined || drainSeconds === 0) return end(relay, "drained");
+  if (relay.drainEnds !== undefined) return end(relay, "drained");
   const begun = clock.now();
   relay.drainEnds = begun + drainSeconds * 1000;
   relay.cancelIdle();
   log("drain begins", { rooms: relay.rooms.size, clients: relay.clients, seconds: drainSeconds });
   for (const socket of relay.sockets) tellDraining(relay, socket);
   for (const room of relay.lingering) dropRoom(relay, room);
-  if (relay.rooms.size === 0) return end(relay, "drained");
+  if (relay.rooms.size === 0 || drainSeconds === 0) return end(relay, "drained");
   const closingMs = Math.min(CLOSING_SECONDS, drainSeconds / 2) * 1000;
   const closingBegins = relay.drainEnds - closingMs;
   clock.after(closingBegins - begun, () => {

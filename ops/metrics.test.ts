@@ -267,6 +267,19 @@ describe("origins", () => {
     expect(await read(relay, "party_sockets_clients_by_origin")).toMatchObject({ "https://game": 1 });
   });
 
+  test("never let a counter go down, however members come and go", async () => {
+    await using relay = testRelay();
+    for (let i = 0; i < ORIGINS_SHOWN; i++) for (const _ of "abc") await visit(relay, `https://${i}`);
+    for (let i = 0; i < 30; i++) await visit(relay, `https://small-${i}`);
+    const other = async () => (await read(relay, "party_sockets_connections_total")).__other__;
+    expect(await other()).toBe(30);
+    const host = await Client.open(relay.url, { Origin: "https://small-0" });
+    await host.create();
+    expect(await other()).toBe(31);
+    await host.ask({ type: "leave" });
+    expect(await other()).toBe(31);
+  });
+
   test("that are forgotten while a member is connected are counted in __other__", async () => {
     await using relay = testRelay();
     const host = await Client.open(relay.url, { Origin: "https://game" });
