@@ -16,7 +16,8 @@ import { Client } from "./testing.ts";
 const SLACK_BYTES = 16 * 1024 * 1024; // how far memory may end from where it began
 const SETTLE_MS = 30_000; // a paused flooder's queue empties at the refill rate, a lingering room takes its time
 const POLL_MS = 50;
-const WARM_UP_SHARE = 1 / 4; // of the time: caches, the heap and the tables of addresses and origins fill
+const WARM_UP_SHARE = 1 / 4; // of the time, and before it: caches, the heap, the tables of addresses and origins fill
+const WARM_UP_LEAST = 1; // seconds
 const PROGRESS_MS = 5_000;
 
 // ---------------------------------------------------------------------------------------------------------
@@ -460,6 +461,7 @@ export type Arena = {
 
 export type Trial = {
   name: string;
+  /** How long, after a warm-up of a fourth of it. */
   seconds: number;
   seed: number;
   /** The relay; one of its own where absent. */
@@ -497,7 +499,7 @@ async function attend(url: string, child: ChildRelay | undefined, settings: Tria
     const passed = ((performance.now() - begun) / 1000).toFixed(0);
     const late = bystanders.worstMs.toFixed(0);
     log(
-      `${name} seed=${seed} ${passed}/${seconds}s ${work} bystanders=${bystanders.sent} worst=${late}ms rss=${mebi(rss)}MiB faults=${faults.size + bystanders.faults.size}`,
+      `${name} seed=${seed} ${passed}s ${work} bystanders=${bystanders.sent} worst=${late}ms rss=${mebi(rss)}MiB faults=${faults.size + bystanders.faults.size}`,
     );
     bystanders.worstMs = 0;
   };
@@ -506,8 +508,8 @@ async function attend(url: string, child: ChildRelay | undefined, settings: Tria
     line();
   }, PROGRESS_MS);
 
-  const act = async (part: number, share: number) => {
-    const until = performance.now() + seconds * share * 1000;
+  const act = async (part: number, partSeconds: number) => {
+    const until = performance.now() + partSeconds * 1000;
     const rooms = [bystanders.sharedRoom];
     const jobs = Array.from({ length: workers }, async (_, worker) => {
       const arena: Arena = {
@@ -536,10 +538,10 @@ async function attend(url: string, child: ChildRelay | undefined, settings: Tria
   const alone = (now: Vitals) => now.rooms === before.rooms + ROOMS && now.clients === before.clients + ROOMS * MEMBERS;
 
   try {
-    await act(0, WARM_UP_SHARE);
+    await act(0, Math.max(WARM_UP_LEAST, seconds * WARM_UP_SHARE));
     await comesTo(alone);
     const rssWarm = rss;
-    await act(1, 1 - WARM_UP_SHARE);
+    await act(1, seconds);
     if (!(await comesTo(alone))) faults.add("rooms or members of those who went are left");
     if (!(await comesTo((now) => now.rssBytes <= rssWarm + SLACK_BYTES)))
       faults.add(`memory grew from ${mebi(rssWarm)} to ${mebi(rss)} MiB`);
