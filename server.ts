@@ -299,9 +299,7 @@ const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the wo
 const CAP_LOG_MS = 60_000;
 const HOLD_MS = 2; // how long a busy relay holds broadcasts, to send several in one system call
 const HOLD_BYTES = 128 * 1024; // held frames together; well below what a socket may buffer
-const HOLD_ABOVE = 40; // deliveries a millisecond: from about a fifth of a core on, holding pays
-const HOLD_GAIN = 1.2; // held sends a room, below which holding costs latency and saves nothing
-const HOLD_PAUSE_MS = 1_000; // before it is tried again
+const HOLD_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, holding pays
 const HOLD_WINDOW_MS = 20; // over which that rate is taken
 
 // ---------------------------------------------------------------------------------------------------------
@@ -579,8 +577,6 @@ class Relay {
   outboxBytes = 0;
   cancelHold = () => {};
   holding = false;
-  /** No holding before this (clock time), because the last time it brought nothing together. */
-  holdFrom = 0;
   /** Deliveries since `loadSince`, for the rate that decides about holding. */
   load = 0;
   loadSince = 0;
@@ -673,7 +669,7 @@ function post(relay: Relay, send: Held): void {
   relay.load += send.to?.length ?? send.room.connected.size;
   const elapsed = now - relay.loadSince;
   if (elapsed >= HOLD_WINDOW_MS) {
-    relay.holding = relay.load > elapsed * HOLD_ABOVE && now >= relay.holdFrom;
+    relay.holding = relay.load > elapsed * HOLD_ABOVE;
     relay.load = 0;
     relay.loadSince = now;
   }
@@ -681,20 +677,10 @@ function post(relay: Relay, send: Held): void {
     emptyOutbox(relay);
     return deliver(relay, send);
   }
-  if (relay.outbox.length === 0) relay.cancelHold = relay.config.clock.after(HOLD_MS, () => endHold(relay));
+  if (relay.outbox.length === 0) relay.cancelHold = relay.config.clock.after(HOLD_MS, () => emptyOutbox(relay));
   relay.outbox.push(send);
   relay.outboxBytes += send.frame.length;
   if (relay.outboxBytes > HOLD_BYTES) emptyOutbox(relay);
-}
-
-/** Sends what was held, and stops holding for a while where no room had several sends among it: nothing was saved. */
-function endHold(relay: Relay): void {
-  const rooms = new Set(relay.outbox.map((held) => held.room)).size;
-  if (relay.outbox.length < rooms * HOLD_GAIN) {
-    relay.holding = false;
-    relay.holdFrom = relay.config.clock.now() + HOLD_PAUSE_MS;
-  }
-  emptyOutbox(relay);
 }
 
 function say(relay: Relay, socket: Socket, message: ServerMessage): void {

@@ -49,6 +49,7 @@ traffic
   --phase KIND         when senders of one rate send [even]
                          even: spread over the interval, a room's members as far apart as can be
                          random: each at a moment of its own, always the same ones
+                         near: a room's members within a tenth of the interval, as games that answer a host's tick
                          room: all members of a room at the same moment
                          all: everybody at the same moment
   --seconds N          measured time [10]
@@ -67,7 +68,7 @@ output
   --json               one JSON object on stdout
   --help`;
 
-const PHASES = ["even", "random", "room", "all"] as const;
+const PHASES = ["even", "random", "near", "room", "all"] as const;
 const PAYLOADS = ["string", "object"] as const;
 const GROWTHS = ["rooms", "clients", "bytes", "sockets"] as const;
 
@@ -492,6 +493,7 @@ interface Result {
 
 const HANDSHAKE_END = Buffer.from("\r\n\r\n");
 const CONNECTS_AT_ONCE = 100; // below the 512 that a listen queue commonly holds
+const NEAR = 0.1; // part of the interval in which a room's members send with --phase near
 const JOIN_SECONDS = 60; // for a whole phase of connecting
 const SETTLE_MS = 1000; // so long after the last delivery, what is missing is lost
 const MAX_ERRORS = 5;
@@ -1095,6 +1097,7 @@ function phases({ rooms, phase }: Scenario, senders: number): { room: number; pl
         phase: {
           even: (place * rooms + room) / (rooms * senders),
           random: random / 0x7fffffff,
+          near: (room / rooms + NEAR * (random / 0x7fffffff)) % 1,
           room: room / rooms,
           all: 0,
         }[phase],
