@@ -635,7 +635,7 @@ function capReached(relay: Relay, cap: string): void {
 function write(relay: Relay, socket: Socket, frame: string): void {
   relay.messagesOut++;
   relay.bytesOut += Buffer.byteLength(frame);
-  socket.send(frame);
+  socket.sendText(frame);
 }
 
 function publish(relay: Relay, room: Room, frame: string, except?: Socket): void {
@@ -644,7 +644,7 @@ function publish(relay: Relay, room: Room, frame: string, except?: Socket): void
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
   room.published += bytes;
-  if (except !== undefined) except.publish(room.code, frame);
+  if (except !== undefined) except.publishText(room.code, frame);
   else relay.server.publish(room.code, frame);
 }
 
