@@ -876,8 +876,7 @@ const CHUNK_MS = 5_000; // less than a relay's tick for dead peers: the sockets 
 const PATIENCE_MS = 5_000; // for an answer that comes in microseconds, or never
 const HOLD_MS = 2; // what a busy relay may hold a send for
 const BUSY_MS = 20; // how long a relay watches before it takes itself for busy, and
-const BUSY_DELIVERIES = 850; // how many deliveries it must see in that time
-const REST_MS = 1_000; // after this a relay that found holding useless tries it again
+const BUSY_DELIVERIES = 1700; // how many deliveries it must see in that time
 const HISTORY = 12; // steps that a failure shows
 const SHOWN = 300; // characters of a frame that a failure shows
 
@@ -1117,7 +1116,7 @@ class Run {
     if (members.length === 0) return;
     const link = this.dice.pick(members);
     const receivers = link.twin.slot!.room.connected.length;
-    await this.#advance(REST_MS);
+    await this.#advance(BUSY_MS); // the next window
     if (link.twin.slot === undefined) return; // its room's time was up
     const batch = Array.from({ length: Math.ceil(BUSY_DELIVERIES / receivers) }, (_, i) => ({
       text: `{"type":"send","data":${i},"echo":true}`,
