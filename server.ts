@@ -666,7 +666,7 @@ function emptyOutbox(relay: Relay): void {
 /** Delivers a `send`: at once, or where the relay is busy together with others. */
 function post(relay: Relay, send: Held): void {
   const now = send.from.data.heardAt;
-  relay.load += send.to?.length ?? send.room.connected.size;
+  relay.load += send.to?.length ?? send.room.connected.size - (send.echo ? 0 : 1);
   const elapsed = now - relay.loadSince;
   if (elapsed >= HOLD_WINDOW_MS) {
     relay.holding = relay.load > elapsed * HOLD_ABOVE;
