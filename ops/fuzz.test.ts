@@ -3,7 +3,7 @@ import { expect, test } from "bun:test";
 import { fuzz } from "./fuzz.ts";
 import { soak } from "./soak.ts";
 
-const SECONDS = 0.6;
+const SECONDS = 0.5;
 const seed = Number(process.env.FUZZ_SEED ?? crypto.getRandomValues(new Uint16Array(1))[0]);
 
 async function passes(run: typeof fuzz): Promise<void> {

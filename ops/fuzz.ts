@@ -16,6 +16,7 @@ import { Client } from "./testing.ts";
 const SLACK_BYTES = 16 * 1024 * 1024; // how far memory may end from where it began
 const SETTLE_MS = 30_000; // a paused flooder's queue empties at the refill rate, a lingering room takes its time
 const POLL_MS = 50;
+const PATIENCE_MS = 10_000; // for one answer, or one attack
 const WARM_UP_SHARE = 1 / 4; // of the time, and before it: caches, the heap, the tables of addresses and origins fill
 const WARM_UP_LEAST = 1; // seconds
 const PROGRESS_MS = 5_000;
@@ -276,7 +277,7 @@ export class ChildRelay {
     const { PATH, HOME } = process.env;
     const child = new ChildRelay(
       Bun.spawn([process.execPath, "run", server], {
-        env: { PATH, HOME, PORT: "0", ...env },
+        env: { PATH, HOME, PORT: "0", IDLE_EXIT_SECONDS: "60", ...env }, // it outlives a parent that crashes by so long
         stdin: "ignore",
         stdout: "pipe",
         stderr: "inherit",
@@ -331,16 +332,18 @@ export type Vitals = { rooms: number; clients: number; internalErrors: number; r
 
 /** Asks a relay how it is. @throws where it doesn't answer */
 export async function vitals(url: string): Promise<Vitals> {
-  const [metrics, text] = await Promise.all(
-    ["/metrics", "/"].map(async (path) => (await fetch(url + path, { redirect: "manual", keepalive: false })).text()),
-  );
-  const read = (series: RegExp): number => Number(series.exec(metrics ?? "")?.[1] ?? NaN);
+  const ask = async (path: string) => {
+    const signal = AbortSignal.timeout(PATIENCE_MS);
+    return (await fetch(url + path, { redirect: "manual", keepalive: false, signal })).text();
+  };
+  const [metrics, text] = await Promise.all([ask("/metrics"), ask("/")]);
+  const read = (series: RegExp): number => Number(series.exec(metrics)?.[1] ?? NaN);
   return {
     rooms: read(/^party_sockets_rooms\{.*\} (\d+)$/m),
     clients: read(/^party_sockets_clients\{.*\} (\d+)$/m),
     internalErrors: read(/^party_sockets_errors_total\{.*code="internal".*\} (\d+)$/m),
     rssBytes: read(/^process_resident_memory_bytes\{.*\} (\d+)$/m),
-    text: text ?? "",
+    text,
   };
 }
 
@@ -658,7 +661,7 @@ function message({ random, rooms }: Arena): string {
   members.splice(random.chance(0.7) ? 0 : random.below(members.length + 1), 0, `"type":${typeText}`);
   const text = `{${members.join(`,${space(random)}`)}}`;
   if (random.chance(0.03)) return text.slice(0, random.below(text.length));
-  if (random.chance(0.02)) return random.pick(HOSTILE);
+  if (random.chance(0.06)) return random.pick(HOSTILE);
   return text;
 }
 
@@ -807,8 +810,8 @@ const ATTACKS: Record<string, Attack> = {
   /** Requests with odd methods, targets and headers, some of them upgrades. */
   async requests({ random, fault }, raw) {
     let text = "";
-    for (let n = 1 + random.below(4); n > 0; n--) {
-      const headers = HEADERS.flatMap(([name, values]) => (random.chance(0.2) ? [`${name}: ${random.pick(values)}`] : []));
+    for (let n = 1 + random.below(8); n > 0; n--) {
+      const headers = HEADERS.flatMap(([name, values]) => (random.chance(0.08) ? [`${name}: ${random.pick(values)}`] : []));
       if (random.chance(0.7)) headers.unshift("Host: relay");
       const version = random.chance(0.95) ? "HTTP/1.1" : random.pick(["HTTP/1.0", "HTTP/2.0", "HTTP/9", ""]);
       const end = random.chance(0.9) ? "\r\n\r\n" : random.pick(["\r\n", "\n\n", "", "\r\n \r\n\r\n"]);
@@ -924,15 +927,20 @@ export function fuzz(seconds: number, seed: number, log: Trial["log"], url?: str
   return trial({
     ...{ name: "fuzz", seconds, seed, log, url, server, env: ENV, workers: 16 },
     async work(arena) {
-      const { random, url, isOver, count } = arena;
+      const { random, url, isOver, count, fault } = arena;
       while (!isOver()) {
         const [name, attack] = random.pick(Object.entries(ATTACKS));
         const raw = await RawSocket.connect(url);
+        const late = setTimeout(() => {
+          fault(`${name} got no answer for ${PATIENCE_MS / 1000} s`);
+          raw.reset();
+        }, PATIENCE_MS);
         try {
-          await attack(arena, raw).catch((error: Error) => {
-            if (!error.message.startsWith("the connection ended")) throw error;
-          });
+          await attack(arena, raw);
+        } catch (error) {
+          if (!(error as Error).message.startsWith("the connection ended")) throw error;
         } finally {
+          clearTimeout(late);
           random.chance(0.5) ? raw.end() : raw.reset();
           count(name);
         }

@@ -149,11 +149,14 @@ describe("a flooder", () => {
   test("that is kicked while it is paused is not heard any more", async () => {
     await using at = await scene();
     const timers = at.clock.pending;
-    at.flooder.send(...numbered(FLOOD));
+    const other = await Client.open(at.relay.url);
+    const join = { type: "join", clientId: "x", room: await other.create() };
+    at.flooder.send(...numbered(burst + 30), join);
     for (const _ of upTo(burst)) await at.peer.next();
     expect(await at.peer.ask({ type: "kick", index: 1 })).toEqual({ type: "peer_left", index: 1, reason: "kicked" });
     at.clock.advance(10_000);
     expect(await at.peer.soFar()).toEqual([]);
+    expect(await other.soFar()).toEqual([]);
     expect(at.clock.pending).toBe(timers);
   });
 });
@@ -441,6 +444,33 @@ describe("stopping", () => {
       for (const member of members) expect(await member.closed).toEqual(RESTARTING);
       expect(await child.process.exited).toBe(0);
     }
+  });
+
+  test.concurrent("reaches a member that is behind with its last frames and the close", async () => {
+    await using child = await ChildRelay.start({ DRAIN_SECONDS: "0", MAX_MESSAGES_PER_SECOND: "0" });
+    const behind = async (most: number) => {
+      const host = await Client.open(child.url);
+      const guest = await sits(child.url, await host.create(), "guest");
+      await host.soFar();
+      guest.pause();
+      for (let sent = 0; sent < most; sent++) {
+        host.send({ type: "send", data: "x".repeat(50_000) });
+        if ((await host.soFar()).length > 0) return { host, guest, sent };
+      }
+      return { host, guest, sent: most };
+    };
+    const cut = await behind(10_000); // what the kernel and the relay hold together
+    const { host, guest, sent } = await behind(cut.sent - 10); // the relay holds some, by its limit less than all of it
+    expect(sent).toBe(cut.sent - 10);
+    child.process.kill("SIGTERM");
+    expect(await host.closed).toEqual(RESTARTING);
+    guest.resume();
+    let messages = 0;
+    let frame = await guest.nextFrame();
+    for (; frame?.opcode === 1; frame = await guest.nextFrame()) messages++;
+    expect(messages).toBe(sent + 1); // and `draining`
+    expect(frame?.payload.readUInt16BE(0)).toBe(RESTARTING.code);
+    expect(await child.process.exited).toBe(0);
   });
 
   test("closes rooms one after another in the last half of a short drain", async () => {
