@@ -1269,7 +1269,7 @@ describe("configuration", () => {
   });
 
   const run = (env: Record<string, string>) =>
-    Bun.spawn(["bun", "run", "server.ts"], {
+    Bun.spawn([process.execPath, "run", "server.ts"], {
       cwd: import.meta.dir,
       env: { PATH: process.env.PATH ?? "", ...env },
       stdout: "pipe",

@@ -77,7 +77,7 @@ test.skipIf(whyNoBrowser !== undefined)(
 
 test("README: `bun run server.ts` prints the line that it shows", async () => {
   const [, shown] = /```\n(party-sockets listening [^\n]*)\n```/.exec(readme) as RegExpExecArray;
-  const server = Bun.spawn(["bun", "run", "server.ts"], {
+  const server = Bun.spawn([process.execPath, "run", "server.ts"], {
     cwd: `${import.meta.dir}/..`,
     env: { PATH: process.env.PATH, PORT: "0" },
     stdout: "pipe",
