@@ -92,21 +92,21 @@ async function endsWith(player: Player, client: Client, code: number): Promise<v
   if (closed?.code !== code) player.fault(`closed with ${closed?.code ?? "nothing"}, not ${code}`);
 }
 
-/** One party, from the first who comes to the last who goes. */
-async function party(arena: Arena): Promise<void> {
+/** One party, from the first who comes to the last who goes. @param players who is there, for whoever cleans up */
+async function party(arena: Arena, players: Player[]): Promise<void> {
   const { random, isOver, count } = arena;
   const options = random.pick([{}, { linger: 1 }, { hostGrace: 60 }, { hostGrace: 60, migrate: true, linger: 1 }]);
   let host = new Player(arena, "the host");
   await host.open();
+  players.push(host);
   const room = await host.create(options);
-  const players = [host];
   const other = () => random.pick(players.filter((player) => player !== host));
 
   async function arrive(): Promise<void> {
     const guest = new Player(arena, "a guest");
     await guest.open();
-    await guest.join(room);
     players.push(guest);
+    await guest.join(room);
   }
 
   /** What may happen, with how often. */
@@ -150,6 +150,7 @@ async function party(arena: Arena): Promise<void> {
         if (players.length === 1) return;
         const next = other();
         await host.ask({ type: "set_host", index: next.index }, "host");
+        await next.ask({ type: "ping" }, "pong"); // it has seen that, too
         host = next;
       },
     ],
@@ -202,7 +203,14 @@ export function soak(seconds: number, seed: number, log: Trial["log"], url?: str
   return trial({
     ...{ name: "soak", seconds, seed, log, url, server, workers: 10 },
     async work(arena) {
-      while (!arena.isOver()) await party(arena);
+      while (!arena.isOver()) {
+        const players: Player[] = [];
+        try {
+          await party(arena, players);
+        } finally {
+          for (const { client } of players) client.terminate();
+        }
+      }
     },
   });
 }
