@@ -450,6 +450,17 @@ describe("send", () => {
     expect(await p.guest.nextText()).toBe('{"type":"message","from":0,"data":1}');
   });
 
+  test("with a long string is no message where the string isn't JSON", async () => {
+    await using p = await party(1);
+    const long = "x".repeat(5000);
+    for (const data of [`"${long}\n"`, `"${long}\u0000${long}"`, `"${long}\\x"`, `"${long}" "${long}"`, `"${long}`, `${long}"`])
+      expect(await p.host.ask(`{"type":"send","data":${data}}`)).toMatchObject({ code: "bad_json" });
+    for (const data of [`"${long}"`, `"${long}é\u2028\u007f"`, `"${long}\\u0041\\""`]) {
+      p.host.send(`{"type":"send","data":${data}}`);
+      expect(await p.guest.nextText()).toBe(`{"type":"message","from":0,"data":${data}}`);
+    }
+  });
+
   test("arrives even where the sender goes in the same moment", async () => {
     await using p = await party(1);
     for (let i = 0; i < 100; i++) p.guest.send({ type: "send", data: i });

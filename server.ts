@@ -171,6 +171,13 @@ const SEND_TAIL = /[ \t\n\r]*,[ \t\n\r]*"to"[ \t\n\r]*:[ \t\n\r]*(0|[1-9]\d{0,9}
 const SEND_TAIL_LENGTH = 32;
 const PLAIN_HEAD = '{"type":"send","data":';
 
+const LONG_DATA = 1024; // characters from which looking is cheaper than parsing, which copies: 8 % of a 16 KiB broadcast
+const NOT_PLAIN = /[\\\x00-\x1f]/;
+/** Whether a text is a JSON string without escapes. */
+function isPlainString(text: string): boolean {
+  return text.charCodeAt(0) === 0x22 && text.indexOf('"', 1) === text.length - 1 && !NOT_PLAIN.test(text);
+}
+
 /**
  * The short cut for a `send` in one of its usual spellings. It is also a proof: head and tail match by the letter,
  * so if what stands between them is one JSON value, then the frame has these members and no others.
@@ -201,7 +208,7 @@ function parsePlainSend(frame: string): Message<"send"> | undefined {
   }
   const data = frame.slice(start, end);
   try {
-    JSON.parse(data);
+    if (data.length < LONG_DATA || !isPlainString(data)) JSON.parse(data);
   } catch {
     return undefined;
   }
