@@ -1262,6 +1262,8 @@ describe("configuration", () => {
     [{ DASHBOARD_URL: "javascript:alert(1)" }, /DASHBOARD_URL/],
     [{ ADDRESS_HEADER: "a b" }, /ADDRESS_HEADER/],
     [{ LOG_FORMAT: "xml" }, /LOG_FORMAT/],
+    [{ ALLOWED_ORIGINS: "https://a.example,game.example" }, /^ALLOWED_ORIGINS .* not "game.example"$/],
+    [{ ALLOWED_ORIGINS: "*" }, /ALLOWED_ORIGINS/],
     [{ PORT: "x", MAX_ROOMS: "y" }, /PORT.*\nMAX_ROOMS/],
   ];
   for (const [env, message] of wrong)

@@ -437,8 +437,13 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   } else if (flyApp !== undefined)
     config.dashboardUrl = `https://fly-metrics.net/d/fly-app/fly-app?var-app=${encodeURIComponent(flyApp)}`;
   const origins = text("ALLOWED_ORIGINS");
-  if (origins !== undefined)
-    config.allowedOrigins = new Set(origins.split(",").map((o) => o.trim().toLowerCase().replace(/\/$/, "")));
+  if (origins !== undefined) {
+    const listed = origins.split(",").map((origin) => origin.trim().toLowerCase().replace(/\/$/, ""));
+    for (const origin of listed)
+      if (origin !== "null" && !/^[a-z][a-z\d+.-]*:\/\/[^/\s]+$/.test(origin))
+        faults.push(`ALLOWED_ORIGINS must list origins such as https://game.example, not ${JSON.stringify(origin)}`);
+    config.allowedOrigins = new Set(listed);
+  }
   if (config.addressHeader !== undefined && !/^[\w!#$%&'*+.^`|~-]+$/.test(config.addressHeader))
     faults.push(`ADDRESS_HEADER must be a header's name, not ${JSON.stringify(config.addressHeader)}`);
   if (flyApp !== undefined) {
