@@ -10,7 +10,7 @@
  * `ops/soak.ts` puts parties through the same trial.
  */
 import { readdirSync, readlinkSync } from "node:fs";
-import { parseArgs } from "node:util";
+import { badUsage, readFlags } from "./flags.ts";
 import { Client } from "./testing.ts";
 
 const SLACK_BYTES = 16 * 1024 * 1024; // how far memory may end from where it began
@@ -589,15 +589,11 @@ function mebi(bytes: number): string {
 export async function main(
   run: (seconds: number, seed: number, log: Trial["log"], url?: string) => Promise<string[]>,
 ): Promise<void> {
-  const { values } = parseArgs({
-    options: { seconds: { type: "string" }, seed: { type: "string" }, url: { type: "string" } },
-  });
+  const usage = "bun run ops/fuzz.ts|ops/soak.ts [--seconds 60] [--seed N] [--url http://…]";
+  const values = readFlags(usage, { seconds: { type: "string" }, seed: { type: "string" }, url: { type: "string" } });
   const seconds = Number(values.seconds ?? 60);
   const seed = Number(values.seed ?? crypto.getRandomValues(new Uint16Array(1))[0]);
-  if (!(seconds > 0) || !Number.isSafeInteger(seed)) {
-    console.error("--seconds must be a positive number, --seed a whole one");
-    process.exit(2);
-  }
+  if (!(seconds > 0) || !Number.isSafeInteger(seed)) badUsage(usage, "--seconds must be a positive number, --seed a whole one");
   console.log(`seed ${seed}`);
   const faults = await run(seconds, seed, console.log, values.url);
   for (const fault of faults) console.error(`FAULT ${fault}`);

@@ -4,10 +4,10 @@
  *     bun run ops/model.ts --seed 7 --steps 20000
  *     bun run ops/model.ts --seed 7 --steps 20000 --hold    (the relay is kept busy enough to hold its sends)
  *
- * The model is written from the specification of rooms and messages and shares no code with the relay. Reading order: Model
+ * The model is written from the README's tables of messages and shares no code with the relay. Reading order: Model
  * (what must happen), Frames (what clients write), Run (how both are driven and compared).
  */
-import { parseArgs } from "node:util";
+import { badUsage, readFlags } from "./flags.ts";
 import { Client, TestClock, testRelay } from "./testing.ts";
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1316,14 +1316,10 @@ const show = (frames: readonly (Expected | Uint8Array)[]): string =>
     .join("\n           ") || "nothing";
 
 if (import.meta.main) {
-  const { values } = parseArgs({
-    options: {
-      seed: { type: "string", default: `${Date.now() % 1_000_000}` },
-      steps: { type: "string", default: "20000" },
-      hold: { type: "boolean", default: false },
-    },
-  });
-  const [seed, steps] = [Number(values.seed), Number(values.steps)];
+  const usage = "bun run ops/model.ts [--seed N] [--steps 20000] [--hold]";
+  const values = readFlags(usage, { seed: { type: "string" }, steps: { type: "string" }, hold: { type: "boolean" } });
+  const [seed, steps] = [Number(values.seed ?? Date.now() % 1_000_000), Number(values.steps ?? 20_000)];
+  if (!Number.isSafeInteger(seed) || !(steps > 0)) badUsage(usage, "--seed and --steps must be whole numbers");
   const begun = performance.now();
   console.log(`seed ${seed}`);
   const line = (step: number, { frames, held }: Tally) =>
@@ -1332,7 +1328,7 @@ if (import.meta.main) {
     if (step % 1000 === 0) console.log(line(step, tally));
   };
   try {
-    const tally = await runModel({ seed, steps, hold: values.hold, progress });
+    const tally = await runModel({ seed, steps, hold: values.hold ?? false, progress });
     for (const [label, count] of [...tally.seen].sort((a, b) => b[1] - a[1])) console.log(`${count}\t${label}`);
   } catch (error) {
     console.error((error as Error).message);

@@ -59,6 +59,10 @@ async function answers(relay: string): Promise<boolean> {
 
 async function main(): Promise<void> {
   const { RELAY_URL, DEMO_PORT: port = DEMO_PORT } = process.env;
+  if (!/^\d+$/.test(`${port}`) || Number(port) > 65535)
+    throw new Error(`DEMO_PORT must be a whole number from 0 to 65535, not ${JSON.stringify(port)}`);
+  if (RELAY_URL !== undefined && !/^(?:ws|http)s?:$/.test(URL.parse(RELAY_URL)?.protocol ?? ""))
+    throw new Error(`RELAY_URL must be a ws, wss, http or https URL, not ${JSON.stringify(RELAY_URL)}`);
   const config = configFromEnv(process.env);
   let relay = RELAY_URL ?? `http://localhost:${config.port}`;
   let how = "";
