@@ -391,6 +391,8 @@ describe("send", () => {
       ["to before", (d) => `{"type":"send","to":1,"data":${d}}`],
       ["to after", (d) => `{"type":"send","data":${d},"to":1}`],
       ["to after, spaced", (d) => `{"type":"send","data":${d} , "to" : 1 }`],
+      ["to after much space", (d) => `{"type":"send","data":${d}${" ".repeat(40)},"to":1}`],
+      ["to after a comma and much space", (d) => `{"type":"send","data":${d} ,${"\t".repeat(40)}"to" : 1}`],
       ["to as 1.0", (d) => `{"type":"send","data":${d},"to":1.0}`],
       ["to first", (d) => `{"to":1,"data":${d},"type":"send"}`],
       ["more members", (d) => `{"x":[1,{"data":5}],"type":"send","data":${d},"y":"data"}`],
@@ -866,6 +868,12 @@ describe("HTTP", () => {
       expect((await fetch(`${relay.url}/health`)).status).toBe(200);
     });
 
+  test("HEAD with the headers of an upgrade is answered as HEAD", async () => {
+    await using relay = testRelay();
+    const answer = await raw(relay.port, "HEAD /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n");
+    expect(answer).toStartWith("HTTP/1.1 200 OK");
+  });
+
   test("an upgrade is taken on any path, and refused from an origin that isn't allowed", async () => {
     const { allowedOrigins } = configFromEnv({ ALLOWED_ORIGINS: "https://a.example, https://b.example/" });
     await using relay = testRelay({ allowedOrigins });
@@ -1186,6 +1194,13 @@ describe("siblings", () => {
     expect(asked).toEqual([]);
     await look(relay.url, `/room/${newCode("fra")}`, { "X-Party-Probe": "1" }); // with an address it is a client's
     expect(asked).toHaveLength(1);
+  });
+  test("a code that is nowhere counts as a miss where a path asks for it, too", async () => {
+    const { asked, siblings } = stub({ a: false });
+    await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 1 });
+    for (let i = 0; i < 12; i++) await look(relay.url, `/${newCode("fra")}`);
+    expect(asked).toHaveLength(10); // then the address is locked out
+    expect((await look(relay.url, `/room/${newCode("fra")}`)).status).toBe(429);
   });
   test("an upgrade with a stale pin is taken here, and its join says Room not found", async () => {
     await using relay = testRelay({ ...fly, siblings: stub({}).siblings });

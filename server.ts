@@ -17,9 +17,7 @@ import { isIP } from "node:net";
 import { version } from "./package.json" with { type: "json" };
 import { REGIONS } from "./regions.ts";
 
-// ---------------------------------------------------------------------------------------------------------
-// Protocol
-// ---------------------------------------------------------------------------------------------------------
+// ---- Protocol --------------------------------------------------------------------------------------------
 
 /** What a client may send: JSON text frames. Unknown members are ignored. */
 export type ClientMessage =
@@ -109,14 +107,25 @@ export const CloseCode = {
   KICKED: 4002,
 } as const;
 
-// prettier-ignore
-const ERROR_CODES = [
-  "bad_json", "unknown_type", "bad_request", "already_in_room", "not_in_room", "not_host", "room_not_found", "room_full",
-  "room_locked", "kicked", "peer_not_found", "state_too_large", "draining", "capacity", "too_many_attempts",
-] as const;
+/** The refusals whose code says all. */
+const REFUSALS = {
+  bad_json: "Invalid JSON",
+  unknown_type: "Unknown message type",
+  already_in_room: "Already in a room",
+  not_in_room: "Not in a room",
+  room_not_found: "Room not found",
+  room_full: "Room is full",
+  room_locked: "Room is locked",
+  kicked: "Kicked from room",
+  peer_not_found: "Target peer not found",
+  state_too_large: "State too large",
+  draining: "Server draining",
+  capacity: "Server full",
+  too_many_attempts: "Too many attempts",
+};
 
-/** The `code` of an `error`; one code can come with several messages. */
-export type ErrorCode = (typeof ERROR_CODES)[number];
+/** The `code` of an `error`; `bad_request` and `not_host` come with several messages. */
+export type ErrorCode = keyof typeof REFUSALS | "bad_request" | "not_host";
 
 class Refusal {
   constructor(
@@ -125,20 +134,8 @@ class Refusal {
     readonly missing?: number[],
   ) {}
 }
-const badRequest = (message: string): Refusal => new Refusal("bad_request", message);
-const BAD_JSON = new Refusal("bad_json", "Invalid JSON");
-const UNKNOWN_TYPE = new Refusal("unknown_type", "Unknown message type");
-const ALREADY_IN_ROOM = new Refusal("already_in_room", "Already in a room");
-const NOT_IN_ROOM = new Refusal("not_in_room", "Not in a room");
-const ROOM_NOT_FOUND = new Refusal("room_not_found", "Room not found");
-const ROOM_FULL = new Refusal("room_full", "Room is full");
-const ROOM_LOCKED = new Refusal("room_locked", "Room is locked");
-const KICKED = new Refusal("kicked", "Kicked from room");
-const PEER_NOT_FOUND = new Refusal("peer_not_found", "Target peer not found");
-const STATE_TOO_LARGE = new Refusal("state_too_large", "State too large");
-const DRAINING = new Refusal("draining", "Server draining");
-const CAPACITY = new Refusal("capacity", "Server full");
-const TOO_MANY_ATTEMPTS = new Refusal("too_many_attempts", "Too many attempts");
+const refuse = (code: keyof typeof REFUSALS, missing?: number[]) => new Refusal(code, REFUSALS[code], missing);
+const badRequest = (message: string) => new Refusal("bad_request", message);
 
 /** A message as the handlers get it: `data` is the text that the client wrote. */
 type Parsed<M> = M extends { data: unknown } ? Omit<M, "data"> & { data: string } : M;
@@ -166,9 +163,7 @@ function isSpace(code: number): boolean {
 
 const SEND_HEAD =
   /[ \t\n\r]*\{[ \t\n\r]*"type"[ \t\n\r]*:[ \t\n\r]*"send"[ \t\n\r]*,[ \t\n\r]*(?:"to"[ \t\n\r]*:[ \t\n\r]*(0|[1-9]\d{0,9})[ \t\n\r]*,[ \t\n\r]*)?"data"[ \t\n\r]*:[ \t\n\r]*/y;
-const SEND_TAIL = /[ \t\n\r]*,[ \t\n\r]*"to"[ \t\n\r]*:[ \t\n\r]*(0|[1-9]\d{0,9})$/;
-/** No spelling of `,"to":N` that is worth a short cut is longer. */
-const SEND_TAIL_LENGTH = 32;
+const SEND_TAIL = /^,[ \t\n\r]*"to"[ \t\n\r]*:[ \t\n\r]*(0|[1-9]\d{0,9})$/;
 const PLAIN_HEAD = '{"type":"send","data":';
 
 const LONG_DATA = 1024; // characters from which looking is cheaper than parsing, which copies: 8 % of a 16 KiB broadcast
@@ -200,11 +195,10 @@ function parsePlainSend(frame: string): Message<"send"> | undefined {
   while (isSpace(frame.charCodeAt(start))) start++;
   const last = frame.charCodeAt(end - 1);
   if (to === undefined && last >= 0x30 && last <= 0x39) {
-    const tail = SEND_TAIL.exec(frame.slice(Math.max(start, end - SEND_TAIL_LENGTH), end));
-    if (tail !== null) {
-      to = tail[1];
-      end -= tail[0].length;
-    }
+    const comma = frame.lastIndexOf(",", end);
+    to = SEND_TAIL.exec(frame.slice(comma, end))?.[1];
+    if (to !== undefined) end = comma;
+    while (isSpace(frame.charCodeAt(end - 1))) end--;
   }
   const data = frame.slice(start, end);
   try {
@@ -238,29 +232,24 @@ function skipValue(json: string, at: number): number {
 export function memberText(json: string, name: string): string | undefined {
   let found: string | undefined;
   let i = json.indexOf("{") + 1;
-  const skipSpace = () => {
-    while (isSpace(json.charCodeAt(i))) i++;
+  /** Goes to the next name or value: at this depth only space, `:` and `,` stand between them. */
+  const next = (): number => {
+    for (let code = json.charCodeAt(i); isSpace(code) || code === 0x3a || code === 0x2c; code = json.charCodeAt(i)) i++;
+    return i;
   };
   for (;;) {
-    skipSpace();
+    const nameAt = next();
     if (json.charCodeAt(i) === 0x7d) return found;
-    const nameEnd = skipValue(json, i);
-    const key: unknown = JSON.parse(json.slice(i, nameEnd));
-    i = nameEnd;
-    skipSpace();
-    i++; // the colon
-    skipSpace();
-    const end = skipValue(json, i);
-    if (key === name) found = json.slice(i, end);
-    i = end;
-    skipSpace();
-    if (json.charCodeAt(i) === 0x2c) i++;
+    i = skipValue(json, i);
+    const written = json.slice(nameAt + 1, i - 1);
+    const isWanted = written === name || (written.includes("\\") && JSON.parse(`"${written}"`) === name);
+    const valueAt = next();
+    i = skipValue(json, i);
+    if (isWanted) found = json.slice(valueAt, i);
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Limits
-// ---------------------------------------------------------------------------------------------------------
+// ---- Limits ----------------------------------------------------------------------------------------------
 
 /** Limits with a variable each (maxRooms: MAX_ROOMS), and their defaults. 0 means unlimited, unless the line says otherwise. */
 export const LIMITS = {
@@ -275,6 +264,7 @@ export const LIMITS = {
   idleExitSeconds: 0, // 0 is never
 };
 
+const MOST = 4_294_967_295; // what the WebSocket layer takes for a size
 const CLIENT_ID_LENGTH = 128; // characters; a UUID four times over
 const STATE_BYTES = 16 * 1024; // a snapshot is sent to every joiner
 const URL_BYTES = 512; // fits a QR code that a phone reads across a room
@@ -309,9 +299,7 @@ const HOLD_BYTES = 128 * 1024; // held frames together; well below what a socket
 const HOLD_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, holding pays
 const HOLD_WINDOW_MS = 20; // over which that rate is taken
 
-// ---------------------------------------------------------------------------------------------------------
-// Config
-// ---------------------------------------------------------------------------------------------------------
+// ---- Config ----------------------------------------------------------------------------------------------
 
 /** Time, so that tests can move it. */
 export type Clock = {
@@ -398,7 +386,6 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     faults.push(`${name} must be a whole number from 0 to ${most}, not ${JSON.stringify(value)}`);
     return fallback;
   };
-  const MANY = 4_294_967_295; // the most that the WebSocket layer takes for a size
   const LONG = 2_147_483; // seconds; the longest timer
   const config: Config = {
     port: whole("PORT", 3000, 65535),
@@ -416,7 +403,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   };
   for (const name of Object.keys(LIMITS) as (keyof typeof LIMITS)[]) {
     const variable = name.replace(/[A-Z]/g, "_$&").toUpperCase();
-    config[name] = whole(variable, LIMITS[name], name.endsWith("Seconds") ? LONG : MANY);
+    config[name] = whole(variable, LIMITS[name], name.endsWith("Seconds") ? LONG : MOST);
   }
   const { flyApp, flyRegion, maxBufferedBytes, maxMessageBytes } = config;
   if (maxBufferedBytes !== 0 && maxMessageBytes !== 0 && maxBufferedBytes < 4 * maxMessageBytes)
@@ -438,7 +425,11 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     config.dashboardUrl = `https://fly-metrics.net/d/fly-app/fly-app?var-app=${encodeURIComponent(flyApp)}`;
   const origins = text("ALLOWED_ORIGINS");
   if (origins !== undefined) {
-    const listed = origins.split(",").map((origin) => origin.trim().toLowerCase().replace(/\/$/, ""));
+    const listed = origins
+      .toLowerCase()
+      .split(/[,\s]+/)
+      .map((origin) => origin.replace(/\/$/, ""))
+      .filter(Boolean);
     for (const origin of listed)
       if (origin !== "null" && !/^[a-z][a-z\d+.-]*:\/\/[^/\s]+$/.test(origin))
         faults.push(`ALLOWED_ORIGINS must list origins such as https://game.example, not ${JSON.stringify(origin)}`);
@@ -457,9 +448,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   return config;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Room codes
-// ---------------------------------------------------------------------------------------------------------
+// ---- Room codes ------------------------------------------------------------------------------------------
 
 const ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"; // Bitcoin's base58
 const CODE = /^[1-9A-HJ-NP-Za-km-z]{6}$/;
@@ -490,18 +479,12 @@ export function regionOf(code: string): string | undefined {
   return REGIONS[Math.floor(value / REGION_UNIT)];
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// State
-// ---------------------------------------------------------------------------------------------------------
+// ---- State -----------------------------------------------------------------------------------------------
 
 /** A place in a room. It is connected, or absent, or barred. */
 type Slot = { readonly index: number; readonly clientId: string; readonly room: Room; barred: boolean };
 
 class Room {
-  readonly linger: number;
-  readonly hostGrace: number | undefined;
-  readonly migrate: boolean;
-  maxClients: number;
   locked = false;
   host = 0;
   /** The snapshot, as the frame that is sent. */
@@ -519,18 +502,15 @@ class Room {
   /** Payload bytes published so far: who hasn't been heard from over many of them was too slow. */
   published = 0;
 
-  /** @param origin the creator's Origin header, where its rooms are counted */
   constructor(
     readonly code: string,
-    readonly origin: Origin,
+    readonly origin: Origin, // the creator's
     readonly url: string | undefined,
-    { maxClients, linger = 0, hostGrace, migrate = false }: Message<"create">,
-  ) {
-    this.maxClients = maxClients;
-    this.linger = linger;
-    this.hostGrace = hostGrace;
-    this.migrate = migrate;
-  }
+    public maxClients: number,
+    readonly linger = 0,
+    readonly hostGrace?: number,
+    readonly migrate = false,
+  ) {}
 }
 
 /** What is known of a socket. */
@@ -609,7 +589,12 @@ class Relay {
   bytesIn = 0;
   bytesOut = 0;
   pausedTotal = 0;
-  readonly errors = zeros([...ERROR_CODES, "internal"]);
+  readonly errors = zeros<ErrorCode | "internal">([
+    ...(Object.keys(REFUSALS) as (keyof typeof REFUSALS)[]),
+    "bad_request",
+    "not_host",
+    "internal",
+  ]);
   readonly joins = zeros(JOINS);
   readonly disconnects = zeros(DISCONNECTS);
   readonly replays = zeros(REPLAYS);
@@ -640,9 +625,7 @@ function capReached(relay: Relay, cap: string): void {
   relay.config.log("cap reached", { cap });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Frames out: all that leaves goes through here, in the order in which it was handled
-// ---------------------------------------------------------------------------------------------------------
+// ---- Frames out: all that leaves goes through here, in the order in which it was handled -----------------
 
 function write(relay: Relay, socket: Socket, frame: string): void {
   relay.messagesOut++;
@@ -714,9 +697,7 @@ function hangUp(relay: Relay, socket: Socket, code: number, reason: string): voi
   socket.close(code, reason);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Slots: `sit` and `stand` are the only writers of who sits where
-// ---------------------------------------------------------------------------------------------------------
+// ---- Slots: `sit` and `stand` are the only writers of who sits where -------------------------------------
 
 function sit(relay: Relay, socket: Socket, slot: Slot): void {
   emptyOutbox(relay); // a joiner sees nothing from before
@@ -830,9 +811,7 @@ function closeRoom(relay: Relay, room: Room, why: "room_closed" | "shutdown"): v
   dropRoom(relay, room);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Messages: one row each, named as on the wire
-// ---------------------------------------------------------------------------------------------------------
+// ---- Messages: one row each, named as on the wire --------------------------------------------------------
 
 type Handler<T extends MessageType, S> = (relay: Relay, socket: Socket, message: Message<T>, slot: S) => Refusal | void;
 /** Fields are parsed into a well-formed message or the refusal; a handler trusts its argument. */
@@ -900,18 +879,18 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       return fault ?? (fields as Message<"create">);
     },
     handle(relay, socket, message, slot) {
-      const { clientId, url } = message;
+      const { clientId, url, maxClients, linger, hostGrace, migrate } = message;
       const { instance, region, flyRegion } = relay.config;
       let code = newCode(flyRegion);
       while (relay.rooms.has(code)) code = newCode(flyRegion);
       const filled = url === undefined ? undefined : fillUrl(url, code, instance);
       if (url !== undefined && filled === undefined)
         return badRequest("url must be an absolute https URL with no braces but {room} and {instance}");
-      if (slot !== undefined) return ALREADY_IN_ROOM;
-      if (relay.drainEnds !== undefined) return DRAINING;
-      if (!placeForRoom(relay)) return CAPACITY;
+      if (slot !== undefined) return refuse("already_in_room");
+      if (relay.drainEnds !== undefined) return refuse("draining");
+      if (!placeForRoom(relay)) return refuse("capacity");
       const origin = useOrigin(relay, socket.data.originName);
-      const room = new Room(code, origin, filled, message);
+      const room = new Room(code, origin, filled, maxClients, linger, hostGrace, migrate);
       relay.rooms.set(code, room);
       relay.createdTotal++;
       origin.rooms++;
@@ -931,16 +910,16 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       return fields as Message<"join">;
     },
     handle(relay, socket, { clientId, room: code }, slot) {
-      if (slot !== undefined) return ALREADY_IN_ROOM;
+      if (slot !== undefined) return refuse("already_in_room");
       const room = relay.rooms.get(code);
       const known = room?.known.get(clientId);
       const { address } = socket.data;
-      if (known === undefined && lockedOut(relay, address)) return TOO_MANY_ATTEMPTS;
-      if (room === undefined) return miss(relay, address) ? TOO_MANY_ATTEMPTS : ROOM_NOT_FOUND;
-      if (known?.barred) return KICKED;
-      if (known === undefined && room.locked) return ROOM_LOCKED;
+      if (known === undefined && lockedOut(relay, address)) return refuse("too_many_attempts");
+      if (room === undefined) return miss(relay, address) ? refuse("too_many_attempts") : refuse("room_not_found");
+      if (known?.barred) return refuse("kicked");
+      if (known === undefined && room.locked) return refuse("room_locked");
       const old = known && room.connected.get(known.index);
-      if (old === undefined && room.connected.size >= room.maxClients) return ROOM_FULL;
+      if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       const mine = known ?? addSlot(room, clientId);
       if (old !== undefined) {
@@ -979,13 +958,12 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       const frame = messageFrame(index, data);
       if (to === undefined) return post(relay, { from: socket, room, frame, to: undefined, echo: echo === true });
       const wanted = Array.isArray(to) ? [...new Set(to)] : [to];
-      if (wanted.length < 1 || wanted.length > TARGETS || !wanted.every(isIndex)) return PEER_NOT_FOUND;
+      if (wanted.length < 1 || wanted.length > TARGETS || !wanted.every(isIndex)) return refuse("peer_not_found");
       const found = wanted.flatMap((target) => room.connected.get(target) ?? []);
       if (found.length > 0) post(relay, { from: socket, room, frame, to: found, echo: false });
       if (found.length === wanted.length) return;
       const missing = wanted.filter((target) => !room.connected.has(target)).sort((a, b) => a - b);
-      const { code, message } = PEER_NOT_FOUND;
-      return Array.isArray(to) ? new Refusal(code, message, missing) : PEER_NOT_FOUND;
+      return refuse("peer_not_found", Array.isArray(to) ? missing : undefined);
     },
   },
 
@@ -995,7 +973,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     parse(_, frame) {
       const data = memberText(frame, "data");
       if (data === undefined) return badRequest("State data is required");
-      if (Buffer.byteLength(data) > STATE_BYTES) return STATE_TOO_LARGE;
+      if (Buffer.byteLength(data) > STATE_BYTES) return refuse("state_too_large");
       return { type: "set_state", data };
     },
     handle(relay, socket, { data }, { room }) {
@@ -1031,9 +1009,9 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
   kick: {
     who: "host",
     act: "kick",
-    parse: ({ index }) => (isIndex(index) ? { type: "kick", index } : PEER_NOT_FOUND),
+    parse: ({ index }) => (isIndex(index) ? { type: "kick", index } : refuse("peer_not_found")),
     handle(relay, _, { index }, { index: own, room }) {
-      if (index >= room.nextIndex) return PEER_NOT_FOUND;
+      if (index >= room.nextIndex) return refuse("peer_not_found");
       if (index === own) return badRequest("Cannot kick yourself");
       const target = room.connected.get(index);
       const slot = target?.data.slot ?? room.absent.values().find((gone) => gone.index === index);
@@ -1048,9 +1026,9 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
   set_host: {
     who: "host",
     act: "hand on the host's role",
-    parse: ({ index }) => (isIndex(index) ? { type: "set_host", index } : PEER_NOT_FOUND),
+    parse: ({ index }) => (isIndex(index) ? { type: "set_host", index } : refuse("peer_not_found")),
     handle(relay, _, { index }, { index: own, room }) {
-      if (!room.connected.has(index)) return PEER_NOT_FOUND;
+      if (!room.connected.has(index)) return refuse("peer_not_found");
       if (index === own) return;
       room.host = index;
       announce(relay, room, { type: "host", index });
@@ -1092,7 +1070,7 @@ function handle(relay: Relay, socket: Socket, frame: string | Buffer): void {
   const { message, code, missing } = refusal;
   relay.errors[code]++;
   say(relay, socket, { type: "error", message, code, missing });
-  if (refusal === TOO_MANY_ATTEMPTS) hangUp(relay, socket, CloseCode.TOO_MANY_ATTEMPTS, "too many attempts");
+  if (code === "too_many_attempts") hangUp(relay, socket, CloseCode.TOO_MANY_ATTEMPTS, "too many attempts");
 }
 
 function perform(relay: Relay, socket: Socket, frame: string | Buffer): Refusal | void {
@@ -1102,19 +1080,17 @@ function perform(relay: Relay, socket: Socket, frame: string | Buffer): Refusal 
     if (send !== undefined) return MESSAGES.send.handle(relay, socket, send, slot);
   }
   const fields = parseObject(frame);
-  if (fields === undefined) return BAD_JSON;
+  if (fields === undefined) return refuse("bad_json");
   const { type } = fields;
-  if (typeof type !== "string" || !Object.hasOwn(MESSAGES, type)) return UNKNOWN_TYPE;
+  if (typeof type !== "string" || !Object.hasOwn(MESSAGES, type)) return refuse("unknown_type");
   const row = MESSAGES[type as MessageType] as Row<MessageType>;
-  if (row.who !== "anyone" && slot === undefined) return NOT_IN_ROOM;
+  if (row.who !== "anyone" && slot === undefined) return refuse("not_in_room");
   if (row.who === "host" && slot?.index !== slot?.room.host) return new Refusal("not_host", `Only the host can ${row.act}`);
   const message = row.parse(fields, frame as string, relay.config);
   return message instanceof Refusal ? message : row.handle(relay, socket, message, slot as Slot);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Sockets: the rate of messages, dead peers, exceptions
-// ---------------------------------------------------------------------------------------------------------
+// ---- Sockets: the rate of messages, dead peers, exceptions -----------------------------------------------
 
 function opened(relay: Relay, socket: Socket): void {
   const { clock, maxConnections } = relay.config;
@@ -1159,7 +1135,7 @@ function takeToken(relay: Relay, socket: Socket): void {
   if (rate === 0) return;
   const session = socket.data;
   session.refilledAt = Math.max(session.refilledAt, session.heardAt) + 1000 / rate;
-  if (tokens(session, rate, session.heardAt) >= 1) return;
+  if (hasToken(session, rate, session.heardAt)) return;
   session.queue = [];
   socket.pause();
   relay.paused.add(socket);
@@ -1169,9 +1145,7 @@ function takeToken(relay: Relay, socket: Socket): void {
 }
 
 /** The bucket is full at `refilledAt`; until then a token is missing for every 1/rate s. */
-function tokens(session: Session, rate: number, now: number): number {
-  return BURST * rate - (Math.max(0, session.refilledAt - now) * rate) / 1000;
-}
+const hasToken = (session: Session, rate: number, now: number) => session.refilledAt - now <= ((BURST * rate - 1) * 1000) / rate;
 
 function armRefill(relay: Relay): void {
   relay.cancelRefill ??= relay.config.clock.after(REFILL_MS, () => {
@@ -1186,7 +1160,7 @@ function refill(relay: Relay, socket: Socket): void {
   const { clock, maxMessagesPerSecond: rate } = relay.config;
   const session = socket.data;
   const now = clock.now();
-  while (session.queue !== undefined && tokens(session, rate, now) >= 1) {
+  while (session.queue !== undefined && hasToken(session, rate, now)) {
     const frame = session.queue.shift();
     if (frame === undefined) {
       session.queue = undefined;
@@ -1240,9 +1214,13 @@ function guarded(relay: Relay, socket: Socket, run: () => void): void {
   try {
     run();
   } catch (error) {
-    reportException(relay, error);
-    hangUp(relay, socket, CloseCode.INTERNAL_ERROR, "internal error");
+    crashed(relay, socket, error);
   }
+}
+
+function crashed(relay: Relay, socket: Socket, error: unknown): void {
+  reportException(relay, error);
+  hangUp(relay, socket, CloseCode.INTERNAL_ERROR, "internal error");
 }
 
 /** Logs where an exception came from. Its message is left out: it may quote what a client sent. */
@@ -1267,26 +1245,21 @@ function repeat(relay: Relay, ms: number, run: () => void): void {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Misses: guessing codes is bounded by address
-// ---------------------------------------------------------------------------------------------------------
+// ---- Misses: guessing codes is bounded by address --------------------------------------------------------
 
 /** What an address counts as: an IPv6 address as its /64, an IPv4-mapped one as IPv4; undefined where it is none. */
 export function addressKey(text: string): string | undefined {
-  const address = text
-    .trim()
-    .replace(/^::ffff:(?=[\d.]+$)/i, "")
-    .replace(/%.*$/, "");
-  if (isIP(address) !== 6) return isIP(address) === 4 ? address : undefined;
-  const [left = "", right] = new URL(`http://[${address}]`).hostname.slice(1, -1).split("::"); // the one short form
-  const head = left.split(":").filter(Boolean);
-  const tail = right?.split(":").filter(Boolean) ?? [];
-  const groups = [...head, ...Array<string>(8 - head.length - tail.length).fill("0"), ...tail];
-  if (groups.slice(0, 6).join() !== "0,0,0,0,0,ffff") return `${groups.slice(0, 4).join(":")}::/64`;
-  return groups
-    .slice(6)
-    .flatMap((group) => [Number.parseInt(group, 16) >>> 8, Number.parseInt(group, 16) & 255])
-    .join(".");
+  const address = text.trim().replace(/%.*$/, "");
+  if (isIP(address) !== 6) return isIP(address) === 4 ? copyOf(address) : undefined; // not a slice of the whole header
+  const short = new URL(`http://[${address}]`).hostname.slice(1, -1); // the one short form
+  const [, high, low] = /^::ffff:(\w+):(\w+)$/.exec(short) ?? [];
+  if (high !== undefined && low !== undefined)
+    return [high, low]
+      .map((group) => Number.parseInt(group, 16))
+      .flatMap((pair) => [pair >> 8, pair & 255])
+      .join(".");
+  const [head = [], tail = []] = short.split("::").map((half) => half.split(":").filter(Boolean));
+  return `${[...head, ...Array<string>(8 - head.length - tail.length).fill("0"), ...tail].slice(0, 4).join(":")}::/64`;
 }
 
 /** Counts a miss. @returns whether it is over the limit */
@@ -1314,9 +1287,7 @@ function lockedOut(relay: Relay, address: string): boolean {
   return entry !== undefined && entry.until > clock.now() && entry.count >= LOCKOUT * maxMissesPerMinute;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Routing and siblings: which machine answers
-// ---------------------------------------------------------------------------------------------------------
+// ---- Routing and siblings: which machine answers ---------------------------------------------------------
 
 /** What `route` decides by. */
 export type Asked = {
@@ -1333,14 +1304,14 @@ export type Asked = {
   probe: boolean;
 };
 
+/** The form of a machine's id; one of another form could say more in a header than it should: `;app=other`. */
+const MACHINE_ID = /^[\w-]{1,64}$/;
+
 /** Where a request is answered. */
 export type Route = "here" | { redirect: string } | { instance: string } | { region: string } | { searchSiblings: string };
 
-/** The code that a path asks for, as it stands there. */
-function codeInPath(path: string): string | undefined {
-  const [, code] = /^\/room\/([^/]+)$/.exec(path) ?? [];
-  return code;
-}
+/** What follows `/room/` in a path, as it stands there. */
+const lookedUp = (path: string): string | undefined => /^\/room\/([^/]+)$/.exec(path)?.[1];
 
 /**
  * Decides which machine answers. Headers that a client can forge only ever suppress a replay.
@@ -1353,8 +1324,7 @@ export function route(
 ): Route {
   if (flyApp === undefined) return "here";
   const pin = new URLSearchParams(query).get("instance");
-  // The form is checked because the value ends up in a header in which `;app=other` would mean something.
-  if (pin !== null && /^[\w-]{1,64}$/.test(pin) && pin !== instance) {
+  if (pin !== null && MACHINE_ID.test(pin) && pin !== instance) {
     if (!replayed) return { instance: pin };
     if (upgrade) return "here";
     const rest = query
@@ -1365,7 +1335,7 @@ export function route(
     return { redirect: rest.length > 0 ? `${target}?${rest.join("&")}` : target };
   }
   if (path === "/health" || path === "/metrics" || probe) return "here";
-  const code = codeInPath(path) ?? path.slice(1);
+  const code = lookedUp(path) ?? path.slice(1);
   const region = flyRegion === undefined ? undefined : regionOf(code);
   if (region === undefined || failed || hasRoom(code)) return "here";
   if (region === flyRegion) return { searchSiblings: code };
@@ -1401,33 +1371,28 @@ function search(relay: Relay, code: string, address: string): Promise<string | u
 async function askSiblings(relay: Relay, siblings: Siblings, code: string): Promise<string | undefined> {
   const { clock } = relay.config;
   const abort = new AbortController();
-  let confirmed = true;
-  const ask = async (id: string): Promise<string> => {
+  const { promise: found, resolve: finish } = Promise.withResolvers<string | undefined>();
+  let confirmed = false;
+  const ask = async (id: string): Promise<boolean> => {
     const has = await siblings.has(id, code, abort.signal).catch(() => undefined);
-    if (abort.signal.aborted) throw new Error("the search is over");
-    if (has === undefined) confirmed = false;
+    if (abort.signal.aborted) return false;
     relay.probes[has === undefined ? "failed" : has ? "found" : "missing"]++;
-    if (has !== true) throw new Error("not there");
-    return id;
+    if (has) finish(id);
+    return has === false;
   };
-  const list = siblings.list(abort.signal).catch(() => {
-    confirmed = false; // without DNS there are only local rooms
-    return [];
-  });
-  const found = list.then((ids) => Promise.any(ids.map(ask))).catch(() => undefined);
-  let cancelLate = () => {};
-  const late = new Promise<undefined>((resolve) => {
-    cancelLate = clock.after(SEARCH_MS, () => {
-      confirmed = false;
-      resolve(undefined);
-    });
-  });
-  const id = await Promise.race([found, late]);
+  const cancelLate = clock.after(SEARCH_MS, () => finish(undefined));
+  const askAll = async () => {
+    const saidNo = await Promise.all((await siblings.list(abort.signal)).map(ask));
+    confirmed = saidNo.every(Boolean);
+    finish(undefined);
+  };
+  askAll().catch(() => finish(undefined)); // without DNS there are only local rooms
+  const id = await found;
   cancelLate();
   abort.abort();
   if (id === undefined && confirmed) {
     relay.missing.delete(code);
-    relay.missing.set(code, clock.now() + MISSING_MS);
+    relay.missing.set(copyOf(code), clock.now() + MISSING_MS);
     if (relay.missing.size > MISSING_CODES) relay.missing.delete(first(relay.missing.keys()) as string);
   }
   return id;
@@ -1473,13 +1438,11 @@ export function parseMachines(texts: readonly string[]): { id: string; region: s
   const whole = texts.map((text) => (Buffer.byteLength(text) === 255 ? text : `${text},`)).join("");
   return whole.split(",").flatMap((entry) => {
     const [id, region] = entry.trim().split(" ");
-    return id !== undefined && region !== undefined && /^[\w-]{1,64}$/.test(id) ? [{ id, region }] : [];
+    return id !== undefined && region !== undefined && MACHINE_ID.test(id) ? [{ id, region }] : [];
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Metrics: one row a series
-// ---------------------------------------------------------------------------------------------------------
+// ---- Metrics: one row a series ---------------------------------------------------------------------------
 
 type Sample = [labels: Record<string, string>, value: number];
 type Metric = [type: "gauge" | "counter", name: string, help: string, read: (relay: Relay) => number | Sample[]];
@@ -1559,9 +1522,7 @@ function metricsText(relay: Relay): string {
   return `${lines.join("\n")}\n`;
 }
 
-function escapeLabel(text: string): string {
-  return text.replaceAll("\\", "\\\\").replaceAll('"', '\\"').replaceAll("\n", "\\n");
-}
+const escapeLabel = (text: string) => text.replace(/[\\"]/g, "\\$&").replaceAll("\n", "\\n");
 
 /** Samples how late a timer fires. */
 function watchLag(relay: Relay): void {
@@ -1574,9 +1535,7 @@ function watchLag(relay: Relay): void {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// HTTP
-// ---------------------------------------------------------------------------------------------------------
+// ---- HTTP ------------------------------------------------------------------------------------------------
 
 const METHODS = "GET, HEAD, OPTIONS";
 type Answer = Response | undefined;
@@ -1611,7 +1570,7 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   const address = addressKey(named?.split(",").at(-1) ?? "") ?? addressKey(peer) ?? peer;
   // Cut out by hand, because the host before it may be anything that a client sends.
   const [, path = "/", query = ""] = /^(?:https?:\/\/[^/?]*)?([^?]*)(.*)$/i.exec(request.url) ?? [];
-  const upgrade = headers.get("upgrade")?.toLowerCase() === "websocket";
+  const upgrade = method === "GET" && headers.get("upgrade")?.toLowerCase() === "websocket";
   const failed = headers.has("fly-replay-failed");
   const probe = config.flyApp !== undefined && named === null && headers.get("x-party-probe") === "1";
   if (failed && config.flyApp !== undefined) relay.replays.failed++;
@@ -1629,7 +1588,11 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   if (lockedOut(relay, address)) return here();
   const found = search(relay, decision.searchSiblings, address);
   if (found === "busy") return reply(503, { error: "Too many searches" }, { "Retry-After": "1" });
-  return found.then((id) => (id === undefined ? here() : replay(relay, "sibling", `instance=${id}`)));
+  return found.then((id) => {
+    if (id !== undefined) return replay(relay, "sibling", `instance=${id}`);
+    if (!upgrade && lookedUp(path) === undefined) miss(relay, address); // `/CODE`: `/room/CODE` and a join count theirs
+    return here();
+  });
 }
 
 /**
@@ -1639,7 +1602,7 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
 function serve(relay: Relay, path: string, address: string | undefined): Response {
   if (path === "/health") return reply(200, { status: "ok" });
   if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
-  const code = codeInPath(path);
+  const code = lookedUp(path);
   if (code !== undefined) return roomAnswer(relay, code, address);
   const { dashboardUrl } = relay.config;
   if (dashboardUrl !== undefined) return reply(302, "", { Location: dashboardUrl });
@@ -1650,17 +1613,16 @@ function roomAnswer(relay: Relay, code: string, address: string | undefined): Re
   const headers = { "X-Instance-Id": relay.config.instance };
   const tooMany = () => {
     relay.errors.too_many_attempts++;
-    return reply(429, { error: TOO_MANY_ATTEMPTS.message }, { ...headers, "Retry-After": "60" });
+    return reply(429, { error: REFUSALS.too_many_attempts }, { ...headers, "Retry-After": "60" });
   };
   if (address !== undefined && lockedOut(relay, address)) return tooMany();
   const room = relay.rooms.get(code);
   if (room === undefined) {
     if (address !== undefined && miss(relay, address)) return tooMany();
-    return reply(404, { error: "Room not found" }, headers);
+    return reply(404, { error: REFUSALS.room_not_found }, headers);
   }
   const { connected, maxClients, origin, locked, url } = room;
-  const known = { clients: connected.size, maxClients, origin: origin.name };
-  return reply(200, { ...known, locked: locked || undefined, url }, headers);
+  return reply(200, { clients: connected.size, maxClients, origin: origin.name, locked: locked || undefined, url }, headers);
 }
 
 function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string): Answer {
@@ -1673,9 +1635,7 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
   return reply(400, { error: "Not a WebSocket handshake" });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Stopping
-// ---------------------------------------------------------------------------------------------------------
+// ---- Stopping --------------------------------------------------------------------------------------------
 
 /** Begins a drain; the second time, or without rooms, the end. */
 function drain(relay: Relay): void {
@@ -1727,9 +1687,7 @@ function watchIdle(relay: Relay): void {
   relay.cancelIdle = clock.after(idleExitSeconds * 1000, () => end(relay, "idle"));
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Start
-// ---------------------------------------------------------------------------------------------------------
+// ---- Start -----------------------------------------------------------------------------------------------
 
 /** A relay that runs. */
 export type RelayHandle = {
@@ -1787,7 +1745,7 @@ function listen(relay: Relay): Server<Session> {
       return reply(500, { error: "Internal error" });
     },
     websocket: {
-      maxPayloadLength: config.maxMessageBytes || 4_294_967_295,
+      maxPayloadLength: config.maxMessageBytes || MOST,
       backpressureLimit: config.maxBufferedBytes,
       closeOnBackpressureLimit: true, // rather than drop frames in silence
       idleTimeout: 0, // every send would restart it; `sweep` does this
@@ -1800,10 +1758,7 @@ function listen(relay: Relay): Server<Session> {
         if (socket.data.queue === undefined) takeToken(relay, socket); // each costs a pong
       },
       close: (socket, code) => closed(relay, socket, code),
-      error(error, socket) {
-        reportException(relay, error);
-        hangUp(relay, socket, CloseCode.INTERNAL_ERROR, "internal error");
-      },
+      error: (error, socket) => crashed(relay, socket, error),
     },
   };
   try {
