@@ -660,7 +660,7 @@ function emptyOutbox(relay: Relay): void {
 
 /** Delivers a `send`: at once, or where the relay is busy together with others. */
 function post(relay: Relay, send: Held): void {
-  const now = send.from.data.heardAt;
+  const now = send.from.data.heardAt; // read already; what a paused socket had sent is older, and only makes a window longer
   relay.load += send.to?.length ?? send.room.connected.size - (send.echo ? 0 : 1);
   const elapsed = now - relay.loadSince;
   if (elapsed >= HOLD_WINDOW_MS) {
@@ -1063,7 +1063,7 @@ function parseObject(frame: string | Buffer): Fields | undefined {
   }
 }
 
-/** Does what one frame asks for; the only place that refuses. */
+/** Does what one frame asks for; the only place that refuses on a socket. */
 function handle(relay: Relay, socket: Socket, frame: string | Buffer): void {
   const refusal = perform(relay, socket, frame);
   if (refusal === undefined) return;
@@ -1208,6 +1208,7 @@ function sweep(relay: Relay): void {
     if (until > now) break; // in the order of their windows
     relay.misses.delete(address);
   }
+  for (const [code, until] of relay.missing) if (until <= now) relay.missing.delete(code);
 }
 
 function guarded(relay: Relay, socket: Socket, run: () => void): void {
@@ -1326,7 +1327,7 @@ export function route(
   const pin = new URLSearchParams(query).get("instance");
   if (pin !== null && MACHINE_ID.test(pin) && pin !== instance) {
     if (!replayed) return { instance: pin };
-    if (upgrade) return "here";
+    if (upgrade) return "here"; // its join says what is wrong
     const rest = query
       .slice(1)
       .split("&")
