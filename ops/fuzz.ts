@@ -11,6 +11,7 @@
  */
 import { readdirSync, readlinkSync } from "node:fs";
 import { badUsage, readFlags } from "./flags.ts";
+import { Random } from "./random.ts";
 import { Client } from "./testing.ts";
 
 const SLACK_BYTES = 16 * 1024 * 1024; // how far memory may end from where it began
@@ -20,45 +21,6 @@ const PATIENCE_MS = 10_000; // for one answer, or one attack
 const WARM_UP_SHARE = 1 / 4; // of the time, and before it: caches, the heap, the tables of addresses and origins fill
 const WARM_UP_LEAST = 1; // seconds
 const PROGRESS_MS = 5_000;
-
-// ---------------------------------------------------------------------------------------------------------
-// Random
-// ---------------------------------------------------------------------------------------------------------
-
-/** Random numbers that a seed repeats (mulberry32). */
-export class Random {
-  #state: number;
-
-  constructor(seed: number) {
-    this.#state = seed >>> 0;
-  }
-
-  /** From 0 to below 1. */
-  next(): number {
-    this.#state = (this.#state + 0x6d2b79f5) >>> 0;
-    let t = this.#state;
-    t = Math.imul(t ^ (t >>> 15), t | 1);
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  }
-
-  /** A whole number from 0 to below `n`. */
-  below(n: number): number {
-    return Math.floor(this.next() * n);
-  }
-
-  chance(probability: number): boolean {
-    return this.next() < probability;
-  }
-
-  pick<T>(items: readonly T[]): T {
-    return items[this.below(items.length)] as T;
-  }
-
-  bytes(n: number): Buffer {
-    return Buffer.from(Array.from({ length: n }, () => this.below(256)));
-  }
-}
 
 // ---------------------------------------------------------------------------------------------------------
 // Raw sockets

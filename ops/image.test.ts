@@ -139,7 +139,9 @@ describe("the image", () => {
 });
 
 const canContain = Bun.spawnSync(["sh", "-c", "unshare --pid --mount --fork true && chroot / true"]).success;
-const whyNot = canContain ? "" : " (skipped: no right to make namespaces; run as root)";
+const whyNot = canContain
+  ? ""
+  : ` (skipped: ${Bun.which("unshare") ? "no right to make namespaces; run as root" : "unshare of util-linux is missing"})`;
 
 /** Starts a command in the image as an engine does. @param env like `docker run -e` */
 function start({ root, image }: { root: string; image: Image }, cmd: string[], env: Record<string, string>) {

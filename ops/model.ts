@@ -8,6 +8,7 @@
  * (what must happen), Frames (what clients write), Run (how both are driven and compared).
  */
 import { badUsage, readFlags } from "./flags.ts";
+import { Random } from "./random.ts";
 import { Client, TestClock, testRelay } from "./testing.ts";
 
 // ---------------------------------------------------------------------------------------------------------
@@ -463,44 +464,6 @@ function fillUrl(template: string, code: string): string | undefined {
 // Frames: what clients write, well-formed and not
 // ---------------------------------------------------------------------------------------------------------
 
-/** Random choices that a seed repeats. */
-class Dice {
-  #state: number;
-
-  constructor(seed: number) {
-    this.#state = seed >>> 0;
-  }
-
-  /** From 0 to below 1 (mulberry32). */
-  roll(): number {
-    this.#state = (this.#state + 0x6d2b79f5) >>> 0;
-    let t = this.#state;
-    t = Math.imul(t ^ (t >>> 15), t | 1);
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  }
-
-  below(n: number): number {
-    return Math.floor(this.roll() * n);
-  }
-
-  chance(p: number): boolean {
-    return this.roll() < p;
-  }
-
-  pick<T>(items: readonly T[]): T {
-    return items[this.below(items.length)] as T;
-  }
-
-  /** One of the names, as often as its weight says. */
-  weighted<K extends string>(weights: Record<K, number>): K {
-    const entries = Object.entries(weights) as [K, number][];
-    let rest = this.roll() * entries.reduce((sum, [, weight]) => sum + weight, 0);
-    for (const [name, weight] of entries) if ((rest -= weight) < 0) return name;
-    return entries[0]![0];
-  }
-}
-
 /** A member's name and the JSON text of its value. */
 type Member = [name: string, text: string];
 
@@ -534,7 +497,7 @@ const ODD_VALUES = [
 ];
 
 /** Any JSON value as text, odd spellings first. */
-function jsonText(dice: Dice, depth = 3): string {
+function jsonText(dice: Random, depth = 3): string {
   const kinds = { number: 4, string: 4, value: 4, array: depth, object: depth, long: 0.1, deep: 0.05 };
   switch (dice.weighted(kinds)) {
     case "number":
@@ -563,10 +526,10 @@ function jsonText(dice: Dice, depth = 3): string {
   }
 }
 
-const padded = (dice: Dice, text: string): string => dice.pick(SPACES) + text + dice.pick(SPACES);
+const padded = (dice: Random, text: string): string => dice.pick(SPACES) + text + dice.pick(SPACES);
 
 /** A JSON string with some of its characters escaped that needn't be. */
-function escaped(dice: Dice, value: string): string {
+function escaped(dice: Random, value: string): string {
   const unit = (c: string) =>
     dice.chance(0.2) ? `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}` : JSON.stringify(c).slice(1, -1);
   return `"${value.split("").map(unit).join("")}"`;
@@ -579,11 +542,11 @@ const textOfBytes = (bytes: number): string => `"${"é".repeat((bytes - 2) >> 1)
  * A frame with these members: mostly as `JSON.stringify` writes it, else in any order, with white space, escaped names,
  * unknown members, and earlier members of the same name that don't count.
  */
-function spell(dice: Dice, members: Member[]): Sent {
+function spell(dice: Random, members: Member[]): Sent {
   const data = members.find(([name]) => name === "data")?.[1];
   if (dice.chance(0.6)) return { text: `{${members.map(([name, text]) => `"${name}":${text}`).join(",")}}`, data };
   const written = [...members];
-  if (dice.chance(0.7)) written.sort(() => dice.roll() - 0.5);
+  if (dice.chance(0.7)) written.sort(() => dice.next() - 0.5);
   if (dice.chance(0.3))
     for (const name of ["from", "x", "__proto__", "toString", "Data", "type "])
       if (dice.chance(0.3)) written.splice(dice.below(written.length + 1), 0, [name, jsonText(dice, 1)]);
@@ -683,7 +646,7 @@ class Writer {
   readonly codes: string[] = [];
 
   constructor(
-    readonly dice: Dice,
+    readonly dice: Random,
     readonly model: Model,
   ) {}
 
@@ -860,7 +823,7 @@ class Writer {
 }
 
 /** A number as clients may spell it. */
-function numberText(dice: Dice, n: number): string {
+function numberText(dice: Random, n: number): string {
   if (dice.chance(0.8)) return `${n}`;
   return dice.pick([`${n}.0`, `${n}e0`, n === 0 ? "-0" : `${n * 10}e-1`]);
 }
@@ -926,7 +889,7 @@ class Run {
   readonly clock = new TestClock();
   readonly relay = testRelay({ ...CONFIG, clock: this.clock });
   readonly model = new Model(this.clock.now());
-  readonly dice: Dice;
+  readonly dice: Random;
   readonly writer: Writer;
   readonly tally: Tally = { frames: 0, held: 0, seen: new Map() };
   readonly #links: Link[] = [];
@@ -938,7 +901,7 @@ class Run {
   #quietSince = -Infinity;
 
   constructor(readonly options: RunOptions) {
-    this.dice = new Dice(options.seed);
+    this.dice = new Random(options.seed);
     this.writer = new Writer(this.dice, this.model);
   }
 

@@ -1,19 +1,20 @@
 /**
  * A Fly.io on one Linux machine: unmodified relays, each in a network namespace of its own, with Fly.io's DNS and proxy.
  *
- *   bun run ops/fly-local/start.ts [--machines 5] [--regions fra,iad] [--port 8080]
+ *   bun run ops/fly-local/start.ts [--machines 5] [--regions fra,iad] [--port 8090]
  *
  * dns.ts and proxy.ts are what Fly.io does, network.ts is the wires, wire.ts the TCP under the proxy.
  */
 import type { Subprocess } from "bun";
-import { parseArgs } from "node:util";
+import { REGIONS } from "../../regions.ts";
+import { badUsage, readFlags } from "../flags.ts";
 import { startDns } from "./dns.ts";
 import { inNamespace, openNetwork, dnsAddress, whyNoNetwork } from "./network.ts";
 import { type Proxy, type ProxyEvent, startProxy } from "./proxy.ts";
 import { connect, formatHead } from "./wire.ts";
 
 export type FlyLocalOptions = {
-  /** How many machines; they get the regions in turn. At most 999. */
+  /** How many machines; they get the regions in turn. At most `MACHINES`. */
   machines: number;
   /** Fly.io's region codes. */
   regions: string[];
@@ -66,6 +67,7 @@ export type FlyLocal = AsyncDisposable & {
 type Machine = FlyMachine & { netName: string; namespace: string; relay: Subprocess | null };
 
 const app = "party-sockets";
+const MACHINES = 999; // their ids count in three digits
 const relayPort = 8080;
 const startMs = 20_000; // twenty relays start at once on two cores
 const pollMs = 20;
@@ -245,7 +247,7 @@ function describe(event: FlyEvent): string {
   }
 }
 
-const usage = `usage: bun run ops/fly-local/start.ts [--machines 5] [--regions fra,iad] [--port 8080]`;
+const usage = "bun run ops/fly-local/start.ts [--machines 5] [--regions fra,iad] [--port 8090]";
 const commands = `commands, with an ID or its last digits:
   stop ID      SIGTERM, and out of routing and DNS
   crash ID     SIGKILL, still routed to and in DNS
@@ -256,30 +258,27 @@ const commands = `commands, with an ID or its last digits:
   list, quit`;
 
 async function main(): Promise<number> {
+  const values = readFlags(usage, { machines: { type: "string" }, regions: { type: "string" }, port: { type: "string" } });
+  const machines = Number(values.machines ?? 5);
+  const regions = (values.regions ?? "fra,iad").split(",");
+  const port = Number(values.port ?? 8090);
+  const unknown = regions.find((region) => !REGIONS.includes(region));
+  if (!(Number.isInteger(machines) && machines >= 1 && machines <= MACHINES))
+    badUsage(usage, `--machines must be a whole number from 1 to ${MACHINES}`);
+  if (unknown !== undefined) badUsage(usage, `--regions: ${JSON.stringify(unknown)} isn't in regions.ts`);
+  if (!(Number.isInteger(port) && port >= 0 && port <= 65535)) badUsage(usage, "--port must be a whole number from 0 to 65535");
+
   const reason = whyNoNetwork();
   if (reason !== null) {
     console.error(`fly-local can't run: ${reason}.`);
     console.error("It needs Linux, root and iproute2: sudo bun run ops/fly-local/start.ts, or a privileged container.");
     return 1;
   }
-  const { values } = parseArgs({
-    options: {
-      machines: { type: "string", default: "5" },
-      regions: { type: "string", default: "fra,iad" },
-      port: { type: "string", default: "8080" },
-    },
-  });
-  const machines = Number(values.machines);
-  const port = Number(values.port);
-  if (!(Number.isInteger(machines) && machines >= 1 && machines <= 999) || !Number.isInteger(port)) {
-    console.error(usage);
-    return 1;
-  }
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => process.exit(130));
 
   await using fly = await startFlyLocal({
     machines,
-    regions: values.regions.split(","),
+    regions,
     port,
     onEvent: (event) => console.log(describe(event)),
     onLine: (id, line) => console.log(`${id}  ${line}`),
