@@ -901,6 +901,8 @@ describe("misses", () => {
   test("over ten times it every look-up is refused before looking, and only known clientIds may join", async () => {
     await using p = await party(1, { maxMissesPerMinute: 1, clock: new TestClock() });
     for (let i = 0; i < 10; i++) await p.get("/room/zzzzzz");
+    expect((await p.get(`/room/${p.room}`)).status).toBe(200);
+    expect((await p.get("/room/zzzzzz")).status).toBe(429);
     expect((await p.get(`/room/${p.room}`)).status).toBe(429);
     const stranger = await p.open();
     expect(await stranger.join(p.room, "stranger")).toMatchObject({ code: "too_many_attempts" });
@@ -922,7 +924,15 @@ describe("misses", () => {
     expect(addressKey("::ffff:1.2.3.4")).toBe("1.2.3.4");
     expect(addressKey("::FFFF:102:304")).toBe("1.2.3.4");
     expect(addressKey("fe80::1%eth0")).toBe("fe80:0:0:0::/64");
+    expect(addressKey("1:2:3:4::1.2.3.4")).toBe("1:2:3:4::/64");
+    expect(addressKey("2001:DB8:0:02::1.2.3.4")).toBe("2001:db8:0:2::/64");
+    expect(addressKey("::0:abcd:0:ffff:1.2.3.4")).toBe("0:0:0:abcd::/64");
+    expect(addressKey("0:0:0:0:0:ffff:255.0.0.1")).toBe("255.0.0.1");
+    expect(addressKey("::1.2.3.4")).toBe("0:0:0:0::/64");
+    expect(addressKey("1::")).toBe("1:0:0:0::/64");
+    expect(addressKey("::")).toBe("0:0:0:0::/64");
     expect(addressKey("1.2.3.4")).toBe("1.2.3.4");
+    expect(addressKey("1:2:3:4:5:6:7:8:9")).toBeUndefined();
     expect(addressKey("nonsense")).toBeUndefined();
   });
 });
@@ -1198,9 +1208,34 @@ describe("siblings", () => {
   test("a code that is nowhere counts as a miss where a path asks for it, too", async () => {
     const { asked, siblings } = stub({ a: false });
     await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 1 });
-    for (let i = 0; i < 12; i++) await look(relay.url, `/${newCode("fra")}`);
-    expect(asked).toHaveLength(10); // then the address is locked out
+    expect((await look(relay.url, `/${newCode("fra")}`)).status).toBe(200);
+    for (let i = 0; i < 12; i++) expect((await look(relay.url, `/${newCode("fra")}`)).status).toBe(429);
+    expect(asked).toHaveLength(11); // then the address is locked out
     expect((await look(relay.url, `/room/${newCode("fra")}`)).status).toBe(429);
+  });
+  test("once locked out, a path tells nothing of the rooms that are here, and known clientIds come back by it", async () => {
+    await using relay = testRelay({ ...fly, siblings: stub({ a: false }).siblings, maxMissesPerMinute: 1 });
+    const from = { "Fly-Client-IP": "1.1.1.1" };
+    const host = await Client.open(relay.url, from);
+    const room = await host.create();
+    await host.close();
+    const again = await Client.open(relay.url, from);
+    const code = await again.create(8, "a", { linger: 300 });
+    await again.close();
+    for (let i = 0; i < 11; i++) await look(relay.url, `/${newCode("fra")}`);
+    for (const gone of [room, code]) expect((await look(relay.url, `/${gone}`)).status).toBe(429);
+    expect(await (await Client.open(`${relay.url}/${code}`, from)).join(code, "a")).toMatchObject({ resumed: true });
+  });
+  test("an upgrade by a code that is nowhere is one miss, its join no second one, the next join one again", async () => {
+    const { asked, siblings } = stub({ a: false });
+    await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 3 });
+    const from = { "Fly-Client-IP": "1.1.1.1" };
+    const code = newCode("fra");
+    const guest = await Client.open(`${relay.url}/${code}`, from);
+    for (let i = 0; i < 3; i++) expect(await guest.join(code, "b")).toMatchObject({ code: "room_not_found" });
+    expect(await guest.join(code, "b")).toMatchObject({ code: "too_many_attempts" });
+    for (let i = 0; i < 40; i++) await (await Client.open(`${relay.url}/${newCode("fra")}`, from)).close();
+    expect(asked).toHaveLength(1 + 27); // the 31st miss locks the address out
   });
   test("an upgrade with a stale pin is taken here, and its join says Room not found", async () => {
     await using relay = testRelay({ ...fly, siblings: stub({}).siblings });

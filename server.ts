@@ -278,7 +278,7 @@ const ORIGIN_LENGTH = 256; // characters of an Origin header that are kept
 const ORIGINS_KEPT = 500; // Origin headers are the clients' to invent
 const ORIGINS_SHOWN = 100; // series that a scrape can bear
 const ADDRESSES = 10_000; // addresses whose misses are counted
-const LOCKOUT = 10; // times `maxMissesPerMinute` at which every look-up is refused
+const LOCKOUT = 10; // times `maxMissesPerMinute`, above which every look-up is refused
 const MISS_WINDOW_MS = 60_000;
 const SWEEP_MS = 6_000; // a dead phone is noticed before the party does
 const QUIET_MS = 1_000; // silent for longer than this at a sweep: pinged. 1 + 3 sweeps is under 20 s
@@ -525,10 +525,14 @@ class Session {
   refilledAt = 0;
   /** Frames that came after the bucket was empty; undefined where the socket isn't paused. */
   queue: (string | Buffer)[] | undefined;
+  /** Set when the socket opens: a handshake that fails is no use of its origin. */
+  origin!: Origin;
+
   constructor(
     readonly address: string,
     readonly originName: string,
-    readonly origin: Origin,
+    /** The code in the upgrade's path, where no sibling had it: that miss is counted, its join counts none. */
+    public missed?: string,
   ) {}
 }
 type Socket = ServerWebSocket<Session>;
@@ -915,7 +919,11 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       const known = room?.known.get(clientId);
       const { address } = socket.data;
       if (known === undefined && lockedOut(relay, address)) return refuse("too_many_attempts");
-      if (room === undefined) return miss(relay, address) ? refuse("too_many_attempts") : refuse("room_not_found");
+      if (room === undefined) {
+        const counted = socket.data.missed === code;
+        socket.data.missed = undefined;
+        return refuse(miss(relay, address, counted ? 0 : 1) ? "too_many_attempts" : "room_not_found");
+      }
       if (known?.barred) return refuse("kicked");
       if (known === undefined && room.locked) return refuse("room_locked");
       const old = known && room.connected.get(known.index);
@@ -1095,6 +1103,7 @@ function perform(relay: Relay, socket: Socket, frame: string | Buffer): Refusal 
 function opened(relay: Relay, socket: Socket): void {
   const { clock, maxConnections } = relay.config;
   relay.sockets.add(socket);
+  socket.data.origin = useOrigin(relay, socket.data.originName);
   if (relay.ending) return hangUp(relay, socket, CloseCode.RESTARTING, "restarting");
   relay.cancelIdle();
   relay.connectionsTotal++;
@@ -1129,13 +1138,13 @@ function received(relay: Relay, socket: Socket, frame: string | Buffer): void {
   }
 }
 
-/** Takes a token from the socket's bucket, and pauses the socket where that was the last one. */
+/** Takes a token from the socket's bucket, and pauses the socket where that was the last one. A paused one goes into debt. */
 function takeToken(relay: Relay, socket: Socket): void {
   const { maxMessagesPerSecond: rate } = relay.config;
   if (rate === 0) return;
   const session = socket.data;
   session.refilledAt = Math.max(session.refilledAt, session.heardAt) + 1000 / rate;
-  if (hasToken(session, rate, session.heardAt)) return;
+  if (session.queue !== undefined || hasToken(session, rate, session.heardAt)) return;
   session.queue = [];
   socket.pause();
   relay.paused.add(socket);
@@ -1178,9 +1187,9 @@ function closed(relay: Relay, socket: Socket, code: number): void {
   const session = socket.data;
   relay.sockets.delete(socket);
   relay.paused.delete(socket);
-  const waiting = session.queue ?? []; // still there where the other side closed: what was sent before arrives
+  // The queue is still there where the other side closed: what was sent before arrives, up to a frame that ends the socket.
+  for (let frame; (frame = session.queue?.shift()) !== undefined;) guarded(relay, socket, () => handle(relay, socket, frame));
   session.queue = undefined;
-  for (const frame of waiting) guarded(relay, socket, () => handle(relay, socket, frame));
   const { slot } = session;
   if (slot !== undefined) {
     const { maxBufferedBytes } = relay.config;
@@ -1252,19 +1261,23 @@ function repeat(relay: Relay, ms: number, run: () => void): void {
 export function addressKey(text: string): string | undefined {
   const address = text.trim().replace(/%.*$/, "");
   if (isIP(address) !== 6) return isIP(address) === 4 ? copyOf(address) : undefined; // not a slice of the whole header
-  const short = new URL(`http://[${address}]`).hostname.slice(1, -1); // the one short form
-  const [, high, low] = /^::ffff:(\w+):(\w+)$/.exec(short) ?? [];
-  if (high !== undefined && low !== undefined)
-    return [high, low]
-      .map((group) => Number.parseInt(group, 16))
-      .flatMap((pair) => [pair >> 8, pair & 255])
-      .join(".");
-  const [head = [], tail = []] = short.split("::").map((half) => half.split(":").filter(Boolean));
-  return `${[...head, ...Array<string>(8 - head.length - tail.length).fill("0"), ...tail].slice(0, 4).join(":")}::/64`;
+  const hex = address.replace(/(\d+)\.(\d+)\.(\d+)\.(\d+)$/, (_, ...bytes) => {
+    const [a = 0, b = 0, c = 0, d = 0] = bytes.slice(0, 4).map(Number);
+    return `${(a * 256 + b).toString(16)}:${(c * 256 + d).toString(16)}`;
+  });
+  const [head = [], tail = []] = hex.split("::").map((half) => half.split(":").filter(Boolean));
+  const gap = Array<string>(8 - head.length - tail.length).fill("0");
+  const groups = [...head, ...gap, ...tail].map((group) => Number.parseInt(group, 16));
+  const [high = 0, low = 0] = groups.slice(6);
+  if (groups.slice(0, 6).join() === "0,0,0,0,0,65535") return [high >> 8, high & 255, low >> 8, low & 255].join(".");
+  return `${groups
+    .slice(0, 4)
+    .map((group) => group.toString(16))
+    .join(":")}::/64`;
 }
 
-/** Counts a miss. @returns whether it is over the limit */
-function miss(relay: Relay, address: string): boolean {
+/** Counts a miss, or none where `count` is 0. @returns whether the address is over the limit */
+function miss(relay: Relay, address: string, count = 1): boolean {
   const { clock, maxMissesPerMinute } = relay.config;
   if (maxMissesPerMinute === 0) return false;
   const now = clock.now();
@@ -1275,7 +1288,7 @@ function miss(relay: Relay, address: string): boolean {
     relay.misses.set(address, entry);
     if (relay.misses.size > ADDRESSES) relay.misses.delete(first(relay.misses.keys()) as string);
   }
-  entry.count++;
+  entry.count += count;
   if (entry.count <= maxMissesPerMinute) return false;
   capReached(relay, "misses");
   return true;
@@ -1285,7 +1298,7 @@ function miss(relay: Relay, address: string): boolean {
 function lockedOut(relay: Relay, address: string): boolean {
   const { clock, maxMissesPerMinute } = relay.config;
   const entry = relay.misses.get(address);
-  return entry !== undefined && entry.until > clock.now() && entry.count >= LOCKOUT * maxMissesPerMinute;
+  return entry !== undefined && entry.until > clock.now() && entry.count > LOCKOUT * maxMissesPerMinute;
 }
 
 // ---- Routing and siblings: which machine answers ---------------------------------------------------------
@@ -1577,7 +1590,8 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   if (failed && config.flyApp !== undefined) relay.replays.failed++;
   const replayed = failed || headers.has("fly-replay-src");
   const asked = { path, query, upgrade, replayed, failed, probe };
-  const here = () => (upgrade ? takeUpgrade(relay, request, server, address) : serve(relay, path, probe ? undefined : address));
+  const here = (missed?: string) =>
+    upgrade ? takeUpgrade(relay, request, server, address, missed) : serve(relay, path, probe ? undefined : address);
   const decision = route(asked, config, (code) => relay.rooms.has(code));
   if (decision === "here") return here();
   if ("redirect" in decision) {
@@ -1591,8 +1605,9 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   if (found === "busy") return reply(503, { error: "Too many searches" }, { "Retry-After": "1" });
   return found.then((id) => {
     if (id !== undefined) return replay(relay, "sibling", `instance=${id}`);
-    if (!upgrade && lookedUp(path) === undefined) miss(relay, address); // `/CODE`: `/room/CODE` and a join count theirs
-    return here();
+    if (!upgrade && lookedUp(path) !== undefined) return here(); // and counted there
+    const over = miss(relay, address);
+    return over && !upgrade ? tooManyAttempts(relay) : here(decision.searchSiblings);
   });
 }
 
@@ -1605,34 +1620,38 @@ function serve(relay: Relay, path: string, address: string | undefined): Respons
   if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
   const code = lookedUp(path);
   if (code !== undefined) return roomAnswer(relay, code, address);
-  const { dashboardUrl } = relay.config;
+  const { dashboardUrl, flyApp, flyRegion } = relay.config;
+  const asksRoom = flyApp !== undefined && flyRegion !== undefined && regionOf(path.slice(1)) === flyRegion;
+  if (asksRoom && address !== undefined && lockedOut(relay, address)) return tooManyAttempts(relay);
   if (dashboardUrl !== undefined) return reply(302, "", { Location: dashboardUrl });
   return reply(200, `rooms: ${relay.rooms.size}\nclients: ${relay.clients}\n`);
 }
 
+function tooManyAttempts(relay: Relay): Response {
+  relay.errors.too_many_attempts++;
+  const headers = { "X-Instance-Id": relay.config.instance, "Retry-After": String(MISS_WINDOW_MS / 1000) };
+  return reply(429, { error: REFUSALS.too_many_attempts }, headers);
+}
+
 function roomAnswer(relay: Relay, code: string, address: string | undefined): Response {
   const headers = { "X-Instance-Id": relay.config.instance };
-  const tooMany = () => {
-    relay.errors.too_many_attempts++;
-    return reply(429, { error: REFUSALS.too_many_attempts }, { ...headers, "Retry-After": "60" });
-  };
-  if (address !== undefined && lockedOut(relay, address)) return tooMany();
+  if (address !== undefined && lockedOut(relay, address)) return tooManyAttempts(relay);
   const room = relay.rooms.get(code);
   if (room === undefined) {
-    if (address !== undefined && miss(relay, address)) return tooMany();
+    if (address !== undefined && miss(relay, address)) return tooManyAttempts(relay);
     return reply(404, { error: REFUSALS.room_not_found }, headers);
   }
   const { connected, maxClients, origin, locked, url } = room;
   return reply(200, { clients: connected.size, maxClients, origin: origin.name, locked: locked || undefined, url }, headers);
 }
 
-function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string): Answer {
+function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string, missed?: string): Answer {
   const origin = request.headers.get("origin");
   const { allowedOrigins } = relay.config;
   if (origin !== null && allowedOrigins !== undefined && !allowedOrigins.has(origin.toLowerCase()))
     return reply(403, { error: "Origin not allowed" });
   const name = copyOf(origin?.slice(0, ORIGIN_LENGTH) || "unknown");
-  if (server.upgrade(request, { data: new Session(address, name, useOrigin(relay, name)) })) return undefined;
+  if (server.upgrade(request, { data: new Session(address, name, missed && copyOf(missed)) })) return undefined;
   return reply(400, { error: "Not a WebSocket handshake" });
 }
 
@@ -1753,10 +1772,14 @@ function listen(relay: Relay): Server<Session> {
       sendPings: false,
       open: (socket) => opened(relay, socket),
       message: (socket, frame) => received(relay, socket, frame),
-      pong: (socket) => heard(socket, config.clock.now()),
       ping(socket) {
         heard(socket, config.clock.now());
-        if (socket.data.queue === undefined) takeToken(relay, socket); // each costs a pong
+        takeToken(relay, socket); // each costs a pong
+      },
+      pong(socket) {
+        const asked = socket.data.unanswered > 0;
+        heard(socket, config.clock.now());
+        if (!asked) takeToken(relay, socket);
       },
       close: (socket, code) => closed(relay, socket, code),
       error: (error, socket) => crashed(relay, socket, error),

@@ -146,6 +146,21 @@ describe("a flooder", () => {
     expect(at.clock.pending).toBe(timers);
   });
 
+  test("that resets while it is paused is not heard beyond what ended its socket", async () => {
+    await using at = await scene();
+    const pings = upTo(2 * RATE).map((t) => ({ type: "ping", t })); // what comes after them waits
+    const host = await RawSocket.open(at.relay.url);
+    host.send({ type: "create", clientId: "host", maxClients: 2 });
+    const { room } = await host.next();
+    const guest = await Client.open(at.relay.url);
+    await guest.join(room, "guest");
+    host.send(...pings, { type: "close_room" }, { type: "create", clientId: "host", maxClients: 2, linger: 300 });
+    while ((await host.next()).t !== pings.length - 2);
+    host.reset();
+    expect(await guest.closed).toEqual({ code: 4001, reason: "room closed" });
+    expect(await vitals(at.relay.url)).toMatchObject({ rooms: 1, clients: 2 });
+  });
+
   test("that is kicked while it is paused is not heard any more", async () => {
     await using at = await scene();
     const timers = at.clock.pending;
@@ -159,6 +174,27 @@ describe("a flooder", () => {
     expect(await other.soFar()).toEqual([]);
     expect(at.clock.pending).toBe(timers);
   });
+});
+
+describe("pings and pongs that nobody asked for", () => {
+  const RATE = 10;
+  for (const [what, opcode] of [
+    ["pings", 9],
+    ["pongs", 10],
+  ] as const)
+    test(`${what} count like messages: a flood of them is paused until its bucket refills`, async () => {
+      const clock = new TestClock();
+      await using relay = testRelay({ clock, maxMessagesPerSecond: RATE });
+      const flooder = await RawSocket.open(relay.url);
+      flooder.write(Buffer.concat(upTo(100).map(() => clientFrame(Buffer.alloc(0), { opcode }))));
+      const other = await Client.open(relay.url);
+      const room = await other.create();
+      flooder.send({ type: "join", clientId: "flooder", room });
+      clock.advance(((100 - 2 * RATE) * 1000) / RATE - 1_000); // all but the last second of the debt
+      expect(await other.soFar()).toEqual([]);
+      clock.advance(2_000);
+      expect(await other.next()).toMatchObject({ type: "peer_joined" });
+    });
 });
 
 describe("a dead peer", () => {
@@ -351,6 +387,8 @@ describe("guessing codes", () => {
     const { client: player } = await at.join("192.0.2.1", at.room, "known");
     await player.close();
     await at.misses("192.0.2.1", 10 * LIMIT);
+    expect(await at.look("192.0.2.1", at.room)).toBe(200);
+    await at.misses("192.0.2.1", 1);
     expect(await at.look("192.0.2.1", at.room)).toBe(429);
     const { answer, client } = await at.join("192.0.2.1", at.room, "new");
     expect(answer).toMatchObject({ code: "too_many_attempts" });
