@@ -868,6 +868,22 @@ describe("HTTP", () => {
       expect((await fetch(`${relay.url}/health`)).status).toBe(200);
     });
 
+  for (const [what, request, status] of [
+    [
+      "an upgrade to a version that isn't there",
+      "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 8\r\n\r\n",
+      426,
+    ],
+    ["a body of 1 GB, which isn't waited for", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n", 405],
+  ] as const)
+    test(`${what} gets ${status}, readable across origins`, async () => {
+      await using relay = testRelay();
+      const answer = await raw(relay.port, request);
+      expect(answer).toStartWith(`HTTP/1.1 ${status} `);
+      expect(answer.toLowerCase()).toContain("\r\naccess-control-allow-origin: *\r\n");
+      if (status === 426) expect(answer.toLowerCase()).toContain("\r\nsec-websocket-version: 13\r\n");
+    });
+
   test("HEAD with the headers of an upgrade is answered as HEAD", async () => {
     await using relay = testRelay();
     const answer = await raw(relay.port, "HEAD /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n");
@@ -963,6 +979,16 @@ describe("caps", () => {
 });
 
 describe("stopping", () => {
+  test("without rooms is at once, and says so", async () => {
+    await using relay = testRelay({ clock: new TestClock(), drainSeconds: 8 });
+    const roomless = await Client.open(relay.url);
+    const left = await Client.open(relay.url);
+    await left.create(8, "a", { linger: 300 });
+    await left.close();
+    void relay.drain();
+    expect(await roomless.next()).toEqual({ type: "draining", seconds: 0 });
+    expect(await roomless.closed).toEqual({ code: 1012, reason: "restarting" });
+  });
   test("tells everyone, refuses create, lets joins go on, closes rooms over the end with 1012", async () => {
     const clock = new TestClock();
     await using p = await party(1, { clock, drainSeconds: 8 });

@@ -899,7 +899,6 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       relay.createdTotal++;
       origin.rooms++;
       origin.created++;
-      relay.joins.new++;
       sit(relay, socket, addSlot(room, clientId));
       say(relay, socket, { type: "created", room: code, instance, region, index: 0, url: filled });
     },
@@ -1499,7 +1498,7 @@ const METRICS: readonly Metric[] = [
     (relay) => by("direction", { in: relay.bytesIn, out: relay.bytesOut })],
   ["counter", "party_sockets_errors_total", "Refusals by code; internal: exceptions in the relay",
     (relay) => by("code", relay.errors)],
-  ["counter", "party_sockets_joins_total", "Slots taken: new, resumed after a vacancy, replaced while connected",
+  ["counter", "party_sockets_joins_total", "Joins: of a new slot, of one resumed after a vacancy, of one replaced while connected",
     (relay) => by("kind", relay.joins)],
   ["counter", "party_sockets_disconnects_total", "Members gone by reason; slow (cut for backpressure) is best effort",
     (relay) => by("reason", relay.disconnects)],
@@ -1552,6 +1551,7 @@ function watchLag(relay: Relay): void {
 // ---- HTTP ------------------------------------------------------------------------------------------------
 
 const METHODS = "GET, HEAD, OPTIONS";
+const WEBSOCKET_VERSION = "13"; // the only one that RFC 6455 has
 type Answer = Response | undefined;
 
 /** Every answer over HTTP is made here. */
@@ -1650,6 +1650,13 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
   const { allowedOrigins } = relay.config;
   if (origin !== null && allowedOrigins !== undefined && !allowedOrigins.has(origin.toLowerCase()))
     return reply(403, { error: "Origin not allowed" });
+  if (request.headers.get("sec-websocket-version") !== WEBSOCKET_VERSION)
+    // Bun's own 426 lacks the CORS headers
+    return reply(
+      426,
+      { error: "Unsupported WebSocket version" },
+      { "Sec-WebSocket-Version": WEBSOCKET_VERSION, Upgrade: "websocket" },
+    );
   const name = copyOf(origin?.slice(0, ORIGIN_LENGTH) || "unknown");
   if (server.upgrade(request, { data: new Session(address, name, missed && copyOf(missed)) })) return undefined;
   return reply(400, { error: "Not a WebSocket handshake" });
@@ -1662,13 +1669,14 @@ function drain(relay: Relay): void {
   const { config } = relay;
   const { clock, drainSeconds, log } = config;
   if (relay.drainEnds !== undefined) return end(relay, "drained");
-  const begun = clock.now();
-  relay.drainEnds = begun + drainSeconds * 1000;
-  relay.cancelIdle();
-  log("drain begins", { rooms: relay.rooms.size, clients: relay.clients, seconds: drainSeconds });
-  for (const socket of relay.sockets) tellDraining(relay, socket);
   for (const room of relay.lingering) dropRoom(relay, room);
-  if (relay.rooms.size === 0 || drainSeconds === 0) return end(relay, "drained");
+  const begun = clock.now();
+  const seconds = relay.rooms.size === 0 ? 0 : drainSeconds;
+  relay.drainEnds = begun + seconds * 1000;
+  relay.cancelIdle();
+  log("drain begins", { rooms: relay.rooms.size, clients: relay.clients, seconds });
+  for (const socket of relay.sockets) tellDraining(relay, socket);
+  if (seconds === 0) return end(relay, "drained");
   const closingMs = Math.min(CLOSING_SECONDS, drainSeconds / 2) * 1000;
   const closingBegins = relay.drainEnds - closingMs;
   clock.after(closingBegins - begun, () => {
@@ -1758,6 +1766,7 @@ function listen(relay: Relay): Server<Session> {
   const options: Bun.Serve.Options<Session> = {
     port: config.port, // and no hostname: IPv6 and IPv4, as Fly.io's private network needs
     development: false, // an error page would show the source
+    maxRequestBodySize: Number.MAX_SAFE_INTEGER, // no body is read; Bun's own 413 lacks the CORS headers
     reusePort: false, // which `development: false` turns on: a second relay would take half of the connections
     fetch: (request, server) => answer(relay, request, server),
     error(error) {
