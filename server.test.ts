@@ -953,6 +953,71 @@ describe("misses", () => {
   });
 });
 
+describe("a busy relay", () => {
+  /** A relay that took itself for busy just now, by two members' room; sends that it has read are told by `read`. */
+  async function busy() {
+    const clock = new TestClock();
+    const p = await party(1, { clock, maxMessagesPerSecond: 0 });
+    const counted = async (direction: "in" | "out") => {
+      const text = await (await p.get("/metrics")).text();
+      return Number(new RegExp(`^party_sockets_messages_total{.*direction="${direction}".*} (\\d+)$`, "m").exec(text)?.[1]);
+    };
+    const flood = async () => {
+      for (let n = 0; n < 2_000; n++) p.host.send({ type: "send", data: n, echo: true });
+      await p.host.soFar();
+      await p.guest.soFar();
+    };
+    clock.advance(20);
+    await flood(); // 4,000 deliveries, and at the next send the window is over
+    clock.advance(20);
+    p.host.send({ type: "send", data: "the first that is held" });
+    await p.guest.soFar();
+    /** Sends without asking anything, and waits until the relay has read it. */
+    const post = async (client: Client, data: unknown) => {
+      const read = (await counted("in")) + 1;
+      client.send({ type: "send", data });
+      while ((await counted("in")) < read);
+    };
+    return { ...p, clock, post, out: () => counted("out") };
+  }
+
+  test("holds a broadcast for 2 ms, each room from its own first on", async () => {
+    await using p = await busy();
+    const host = await p.open();
+    const guest = await p.open();
+    await guest.join(await host.create(), "b");
+    await host.next();
+    const before = await p.out();
+    await p.post(p.host, "at 0 ms");
+    p.clock.advance(1);
+    await p.post(host, "at 1 ms");
+    expect(await p.out()).toBe(before);
+    p.clock.advance(1);
+    expect(await p.guest.next()).toMatchObject({ data: "at 0 ms" });
+    expect(await p.out()).toBe(before + 1);
+    p.clock.advance(1);
+    expect(await guest.next()).toMatchObject({ data: "at 1 ms" });
+    expect(await p.out()).toBe(before + 2);
+  });
+  test("that calms down sends what it holds before what comes next", async () => {
+    await using p = await busy();
+    p.clock.advance(19);
+    await p.post(p.host, "held");
+    p.clock.advance(1); // and by now there was little in the window
+    p.host.send({ type: "send", data: "at once" });
+    expect(await p.guest.next()).toMatchObject({ data: "held" });
+    expect(await p.guest.next()).toMatchObject({ data: "at once" });
+  });
+  test("has no timer where it holds nothing", async () => {
+    await using p = await busy();
+    const timers = p.clock.pending;
+    await p.post(p.host, 1);
+    expect(p.clock.pending).toBe(timers + 1);
+    expect(await p.guest.soFar()).toHaveLength(1);
+    expect(p.clock.pending).toBe(timers);
+  });
+});
+
 describe("caps", () => {
   test("over MAX_ROOMS a lingering room gives way, and without one: Server full", async () => {
     await using relay = testRelay({ maxRooms: 2 });

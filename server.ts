@@ -499,6 +499,9 @@ class Room {
   waiting: "linger" | "host" | undefined;
   waitEnds = 0;
   cancelWait = () => {};
+  /** Sends that wait, at most HOLD_MS, for others to leave with. */
+  held: Held[] = [];
+  heldSince = 0;
   /** Payload bytes published so far: who hasn't been heard from over many of them was too slow. */
   published = 0;
 
@@ -568,12 +571,12 @@ class Relay {
   readonly capLogged = new Map<string, number>();
   /** Connected members. */
   clients = 0;
-  /** Sends that wait, at most HOLD_MS, for others to leave with. */
-  outbox: Held[] = [];
-  outboxBytes = 0;
-  cancelHold = () => {};
-  holding = false;
-  /** Deliveries since `loadSince`, for the rate that decides about holding. */
+  /** Rooms that hold sends, the longest first; the frames' length together; their one timer. */
+  readonly holders = new Set<Room>();
+  heldBytes = 0;
+  cancelHold: (() => void) | undefined;
+  /** Whether holding pays, and the deliveries since `loadSince`, whose rate decides it. */
+  busy = false;
   load = 0;
   loadSince = 0;
   cancelRefill: (() => void) | undefined;
@@ -652,14 +655,30 @@ function deliver(relay: Relay, { from, room, frame, to, echo }: Held): void {
   else for (const socket of to) write(relay, socket, frame);
 }
 
-/** Sends what is held. Whatever isn't a `send` does this first, so holding changes no order. */
-function emptyOutbox(relay: Relay): void {
-  if (relay.outbox.length === 0) return;
-  const held = relay.outbox;
-  relay.outbox = [];
-  relay.outboxBytes = 0;
-  relay.cancelHold();
-  for (const one of held) deliver(relay, one);
+/** Sends what a room holds. Whatever isn't a `send` does this first, so holding changes no order. */
+function release(relay: Relay, room: Room | undefined): void {
+  if (room === undefined || room.held.length === 0) return;
+  const { held } = room;
+  room.held = [];
+  relay.holders.delete(room);
+  for (const one of held) {
+    relay.heldBytes -= one.frame.length;
+    deliver(relay, one);
+  }
+  if (relay.holders.size > 0) return;
+  relay.cancelHold?.();
+  relay.cancelHold = undefined;
+}
+
+/** Releases the rooms that have held for HOLD_MS, to half a millisecond: timers have whole ones. */
+function releaseDue(relay: Relay): void {
+  const { clock } = relay.config;
+  relay.cancelHold = clock.after(1, () => releaseDue(relay));
+  const due = clock.now() - HOLD_MS + 0.5;
+  for (const room of relay.holders) {
+    if (room.heldSince > due) break;
+    release(relay, room);
+  }
 }
 
 /** Delivers a `send`: at once, or where the relay is busy together with others. */
@@ -668,34 +687,39 @@ function post(relay: Relay, send: Held): void {
   relay.load += send.to?.length ?? send.room.connected.size - (send.echo ? 0 : 1);
   const elapsed = now - relay.loadSince;
   if (elapsed >= HOLD_WINDOW_MS) {
-    relay.holding = relay.load > elapsed * HOLD_ABOVE;
+    relay.busy = relay.load > elapsed * HOLD_ABOVE;
     relay.load = 0;
     relay.loadSince = now;
   }
-  if (!relay.holding) {
-    emptyOutbox(relay);
+  const { room } = send;
+  if (!relay.busy) {
+    release(relay, room);
     return deliver(relay, send);
   }
-  if (relay.outbox.length === 0) relay.cancelHold = relay.config.clock.after(HOLD_MS, () => emptyOutbox(relay));
-  relay.outbox.push(send);
-  relay.outboxBytes += send.frame.length;
-  if (relay.outboxBytes > HOLD_BYTES) emptyOutbox(relay);
+  if (room.held.length === 0) {
+    room.heldSince = now;
+    relay.holders.add(room);
+    relay.cancelHold ??= relay.config.clock.after(HOLD_MS, () => releaseDue(relay));
+  }
+  room.held.push(send);
+  relay.heldBytes += send.frame.length;
+  if (relay.heldBytes > HOLD_BYTES) for (const holder of relay.holders) release(relay, holder);
 }
 
 function say(relay: Relay, socket: Socket, message: ServerMessage): void {
-  emptyOutbox(relay);
+  release(relay, socket.data.slot?.room);
   write(relay, socket, frameOf(message));
 }
 
 /** Tells the room's members, all but `except`. */
 function announce(relay: Relay, room: Room, message: ServerMessage, except?: Socket): void {
-  emptyOutbox(relay);
+  release(relay, room);
   publish(relay, room, frameOf(message), except);
 }
 
 /** Closes a socket from this side; frames of it that wait are discarded. */
 function hangUp(relay: Relay, socket: Socket, code: number, reason: string): void {
-  emptyOutbox(relay);
+  release(relay, socket.data.slot?.room);
   socket.data.queue = undefined;
   relay.paused.delete(socket);
   socket.close(code, reason);
@@ -704,7 +728,7 @@ function hangUp(relay: Relay, socket: Socket, code: number, reason: string): voi
 // ---- Slots: `sit` and `stand` are the only writers of who sits where -------------------------------------
 
 function sit(relay: Relay, socket: Socket, slot: Slot): void {
-  emptyOutbox(relay); // a joiner sees nothing from before
+  release(relay, slot.room); // a joiner sees nothing from before
   const { room } = slot;
   relay.absent.delete(slot);
   room.absent.delete(slot);
@@ -718,7 +742,7 @@ function sit(relay: Relay, socket: Socket, slot: Slot): void {
 }
 
 function stand(relay: Relay, socket: Socket, slot: Slot, why: Disconnect): void {
-  emptyOutbox(relay); // what was sent before still reaches the one who goes
+  release(relay, slot.room); // what was sent before still reaches the one who goes
   socket.unsubscribe(slot.room.code);
   slot.room.connected.delete(slot.index);
   socket.data.slot = undefined;
@@ -985,7 +1009,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     },
     handle(relay, socket, { data }, { room }) {
       room.state = copyOf(stateFrame(data));
-      emptyOutbox(relay);
+      release(relay, room);
       publish(relay, room, room.state, socket);
     },
   },
