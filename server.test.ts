@@ -1008,6 +1008,20 @@ describe("a busy relay", () => {
     expect(await p.guest.next()).toMatchObject({ data: "held" });
     expect(await p.guest.next()).toMatchObject({ data: "at once" });
   });
+  test("sends targeted and long frames at once, in order with what is held", async () => {
+    await using p = await busy();
+    p.host.send({ type: "send", data: "targeted", to: 1 });
+    expect(await p.guest.next()).toMatchObject({ data: "targeted" });
+    const long = "x".repeat(5_000);
+    for (const [data, to] of [["held"], ["behind it", 1], [long]] as const) p.host.send({ type: "send", data, to });
+    for (const data of ["held", "behind it", long]) expect(await p.guest.next()).toMatchObject({ data });
+  });
+  test("holds no more than 128 KiB", async () => {
+    await using p = await busy();
+    const data = "x".repeat(4_000);
+    for (let n = 0; n < 40; n++) p.host.send({ type: "send", data });
+    for (let n = 0; n < 32; n++) expect(await p.guest.next()).toMatchObject({ data });
+  });
   test("has no timer where it holds nothing", async () => {
     await using p = await busy();
     const timers = p.clock.pending;

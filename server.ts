@@ -295,6 +295,7 @@ const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
 const HOLD_MS = 2; // how long a busy relay holds broadcasts, to send several in one system call
+const HOLD_FRAME = 4096; // characters of a frame that is held; for longer ones the calls that holding saves are not worth it
 const HOLD_BYTES = 128 * 1024; // held frames together; well below what a socket may buffer
 const HOLD_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, holding pays
 const HOLD_WINDOW_MS = 20; // over which that rate is taken
@@ -691,18 +692,18 @@ function post(relay: Relay, send: Held): void {
     relay.load = 0;
     relay.loadSince = now;
   }
-  const { room } = send;
-  if (!relay.busy) {
-    release(relay, room);
-    return deliver(relay, send);
-  }
+  const { room, frame, to } = send;
+  const atOnce = !relay.busy || frame.length > HOLD_FRAME;
+  if (atOnce) release(relay, room);
+  // Alone, a targeted send gains nothing by waiting; behind held broadcasts it keeps their order.
+  if (atOnce || (to !== undefined && room.held.length === 0)) return deliver(relay, send);
   if (room.held.length === 0) {
     room.heldSince = now;
     relay.holders.add(room);
     relay.cancelHold ??= relay.config.clock.after(HOLD_MS, () => releaseDue(relay));
   }
   room.held.push(send);
-  relay.heldBytes += send.frame.length;
+  relay.heldBytes += frame.length;
   if (relay.heldBytes > HOLD_BYTES) for (const holder of relay.holders) release(relay, holder);
 }
 

@@ -669,8 +669,9 @@ class Writer {
   sends({ room, index }: Slot): Sent[] {
     const { dice } = this;
     if (dice.chance(0.01)) {
-      const data = `"${"x".repeat(40_000)}"`; // together more than a relay would want to hold
-      return Array.from({ length: 5 }, () => ({ text: `{"type":"send","data":${data}}`, data }));
+      const length = dice.pick([4_000, 40_000]); // together more than a relay would want to hold
+      const data = `"${"x".repeat(length)}"`;
+      return Array.from({ length: 200_000 / length }, () => ({ text: `{"type":"send","data":${data}}`, data }));
     }
     return Array.from({ length: 1 + dice.below(4) }, () => this.#message("send", room, index));
   }
