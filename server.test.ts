@@ -973,9 +973,9 @@ describe("a busy relay", () => {
     p.host.send({ type: "send", data: "the first that is held" });
     await p.guest.soFar();
     /** Sends without asking anything, and waits until the relay has read it. */
-    const post = async (client: Client, data: unknown) => {
+    const post = async (client: Client, data: unknown, to?: number) => {
       const read = (await counted("in")) + 1;
-      client.send({ type: "send", data });
+      client.send({ type: "send", data, to });
       while ((await counted("in")) < read);
     };
     return { ...p, clock, post, out: () => counted("out") };
@@ -1013,15 +1013,51 @@ describe("a busy relay", () => {
     p.host.send({ type: "send", data: "targeted", to: 1 });
     expect(await p.guest.next()).toMatchObject({ data: "targeted" });
     const long = "x".repeat(5_000);
-    for (const [data, to] of [["held"], ["behind it", 1], [long]] as const) p.host.send({ type: "send", data, to });
+    const before = await p.out();
+    await p.post(p.host, "held");
+    await p.post(p.host, "behind it", 1);
+    expect(await p.out()).toBe(before);
+    p.host.send({ type: "send", data: long });
     for (const data of ["held", "behind it", long]) expect(await p.guest.next()).toMatchObject({ data });
   });
-  test("holds no more than 128 KiB", async () => {
+  test("holds no more than 128 KiB, again and again", async () => {
     await using p = await busy();
     const data = "x".repeat(4_000);
-    for (let n = 0; n < 40; n++) p.host.send({ type: "send", data });
-    for (let n = 0; n < 32; n++) expect(await p.guest.next()).toMatchObject({ data });
+    for (let round = 0; round < 3; round++) {
+      const before = await p.out();
+      await p.post(p.host, data);
+      expect(await p.out()).toBe(before);
+      for (let n = 0; n < 40; n++) p.host.send({ type: "send", data });
+      for (let n = 0; n < 33; n++) expect(await p.guest.next()).toMatchObject({ data });
+      expect(await p.guest.soFar()).toHaveLength(8);
+    }
   });
+  test("shows a joiner nothing from before, and one who goes all of it", async () => {
+    await using p = await busy();
+    await p.post(p.host, "held");
+    const joiner = await p.open();
+    expect((await joiner.join(p.room, "joiner")).type).toBe("joined");
+    expect(await joiner.soFar()).toEqual([]);
+    expect((await p.guest.soFar()).map((frame) => frame.data ?? frame.type)).toEqual(["held", "peer_joined"]);
+    await p.post(p.host, "before the kick");
+    p.host.send({ type: "kick", index: 2 });
+    expect(await joiner.next()).toMatchObject({ data: "before the kick" });
+    expect(await joiner.closed).toMatchObject({ code: 4002 });
+    await p.post(p.guest, "before it hung up");
+    await p.guest.close();
+    for (const next of ["peer_joined", "peer_left", "message", "peer_left"]) expect((await p.host.next()).type).toBe(next);
+  });
+  for (const [what, then] of [
+    ["state", { type: "set_state", data: 1 }],
+    ["room", { type: "set_room", locked: true }],
+    ["host", { type: "set_host", index: 1 }],
+  ] as const)
+    test(`sends what it holds before ${what}`, async () => {
+      await using p = await busy();
+      p.host.send({ type: "send", data: "held" });
+      p.host.send(then);
+      expect((await p.guest.soFar()).map((frame) => frame.data ?? frame.type)).toEqual(["held", what === "state" ? 1 : what]);
+    });
   test("has no timer where it holds nothing", async () => {
     await using p = await busy();
     const timers = p.clock.pending;
@@ -1328,6 +1364,7 @@ describe("siblings", () => {
     const code = await again.create(8, "a", { linger: 300 });
     await again.close();
     for (let i = 0; i < 11; i++) await look(relay.url, `/${newCode("fra")}`);
+    expect((await look(relay.url, "/")).status).toBe(200);
     for (const gone of [room, code]) expect((await look(relay.url, `/${gone}`)).status).toBe(429);
     expect(await (await Client.open(`${relay.url}/${code}`, from)).join(code, "a")).toMatchObject({ resumed: true });
   });

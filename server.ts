@@ -296,7 +296,7 @@ const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the wo
 const CAP_LOG_MS = 60_000;
 const HOLD_MS = 2; // how long a busy relay holds broadcasts, to send several in one system call
 const HOLD_FRAME = 4096; // characters of a frame that is held; for longer ones the calls that holding saves are not worth it
-const HOLD_BYTES = 128 * 1024; // held frames together; well below what a socket may buffer
+const HOLD_LENGTH = 128 * 1024; // characters of held frames together; well below what a socket may buffer by default
 const HOLD_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, holding pays
 const HOLD_WINDOW_MS = 20; // over which that rate is taken
 
@@ -500,7 +500,7 @@ class Room {
   waiting: "linger" | "host" | undefined;
   waitEnds = 0;
   cancelWait = () => {};
-  /** Sends that wait, at most HOLD_MS, for others to leave with. */
+  /** Sends that wait, about HOLD_MS from the first on, to leave together. */
   held: Held[] = [];
   heldSince = 0;
   /** Payload bytes published so far: who hasn't been heard from over many of them was too slow. */
@@ -535,7 +535,7 @@ class Session {
   constructor(
     readonly address: string,
     readonly originName: string,
-    /** The code in the upgrade's path, where no sibling had it: that miss is counted, its join counts none. */
+    /** The code in the upgrade's path, where no sibling had it: that miss is counted, so the first join counts none. */
     public missed?: string,
   ) {}
 }
@@ -574,7 +574,7 @@ class Relay {
   clients = 0;
   /** Rooms that hold sends, the longest first; the frames' length together; their one timer. */
   readonly holders = new Set<Room>();
-  heldBytes = 0;
+  heldLength = 0;
   cancelHold: (() => void) | undefined;
   /** Whether holding pays, and the deliveries since `loadSince`, whose rate decides it. */
   busy = false;
@@ -636,12 +636,14 @@ function capReached(relay: Relay, cap: string): void {
 // ---- Frames out: all that leaves goes through here, in the order in which it was handled -----------------
 
 function write(relay: Relay, socket: Socket, frame: string): void {
+  release(relay, socket.data.slot?.room);
   relay.messagesOut++;
   relay.bytesOut += Buffer.byteLength(frame);
   socket.sendText(frame);
 }
 
 function publish(relay: Relay, room: Room, frame: string, except?: Socket): void {
+  release(relay, room);
   const receivers = room.connected.size - (except === undefined ? 0 : 1);
   const bytes = Buffer.byteLength(frame);
   relay.messagesOut += receivers;
@@ -656,16 +658,14 @@ function deliver(relay: Relay, { from, room, frame, to, echo }: Held): void {
   else for (const socket of to) write(relay, socket, frame);
 }
 
-/** Sends what a room holds. Whatever isn't a `send` does this first, so holding changes no order. */
+/** Sends what a room holds. Whatever else goes to its members, and whoever comes or goes, does this first: holding changes no order. */
 function release(relay: Relay, room: Room | undefined): void {
   if (room === undefined || room.held.length === 0) return;
   const { held } = room;
   room.held = [];
   relay.holders.delete(room);
-  for (const one of held) {
-    relay.heldBytes -= one.frame.length;
-    deliver(relay, one);
-  }
+  for (const { frame } of held) relay.heldLength -= frame.length;
+  for (const one of held) deliver(relay, one);
   if (relay.holders.size > 0) return;
   relay.cancelHold?.();
   relay.cancelHold = undefined;
@@ -693,34 +693,26 @@ function post(relay: Relay, send: Held): void {
     relay.loadSince = now;
   }
   const { room, frame, to } = send;
-  const atOnce = !relay.busy || frame.length > HOLD_FRAME;
-  if (atOnce) release(relay, room);
-  // Alone, a targeted send gains nothing by waiting; behind held broadcasts it keeps their order.
-  if (atOnce || (to !== undefined && room.held.length === 0)) return deliver(relay, send);
+  const alone = to !== undefined && room.held.length === 0; // gains nothing by waiting; behind held broadcasts it waits with them
+  if (!relay.busy || frame.length > HOLD_FRAME || alone) return deliver(relay, send);
   if (room.held.length === 0) {
     room.heldSince = now;
     relay.holders.add(room);
     relay.cancelHold ??= relay.config.clock.after(HOLD_MS, () => releaseDue(relay));
   }
   room.held.push(send);
-  relay.heldBytes += frame.length;
-  if (relay.heldBytes > HOLD_BYTES) for (const holder of relay.holders) release(relay, holder);
+  relay.heldLength += frame.length;
+  if (relay.heldLength > HOLD_LENGTH) for (const holder of relay.holders) release(relay, holder);
 }
 
-function say(relay: Relay, socket: Socket, message: ServerMessage): void {
-  release(relay, socket.data.slot?.room);
-  write(relay, socket, frameOf(message));
-}
+const say = (relay: Relay, socket: Socket, message: ServerMessage) => write(relay, socket, frameOf(message));
 
 /** Tells the room's members, all but `except`. */
-function announce(relay: Relay, room: Room, message: ServerMessage, except?: Socket): void {
-  release(relay, room);
+const announce = (relay: Relay, room: Room, message: ServerMessage, except?: Socket) =>
   publish(relay, room, frameOf(message), except);
-}
 
 /** Closes a socket from this side; frames of it that wait are discarded. */
 function hangUp(relay: Relay, socket: Socket, code: number, reason: string): void {
-  release(relay, socket.data.slot?.room);
   socket.data.queue = undefined;
   relay.paused.delete(socket);
   socket.close(code, reason);
@@ -813,7 +805,7 @@ function settle(relay: Relay, room: Room): void {
 
 function migrateHost(relay: Relay, room: Room): void {
   const former = room.known.values().find((slot) => slot.index === room.host);
-  room.host = Math.min(...room.connected.keys());
+  room.host = room.connected.keys().reduce((lowest, index) => Math.min(lowest, index));
   if (former !== undefined) remember(relay, former);
   announce(relay, room, { type: "host", index: room.host });
   settle(relay, room);
@@ -1010,7 +1002,6 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     },
     handle(relay, socket, { data }, { room }) {
       room.state = copyOf(stateFrame(data));
-      release(relay, room);
       publish(relay, room, room.state, socket);
     },
   },
@@ -1162,7 +1153,7 @@ function received(relay: Relay, socket: Socket, frame: string | Buffer): void {
   }
 }
 
-/** Takes a token from the socket's bucket, and pauses the socket where that was the last one. A paused one goes into debt. */
+/** Takes a token from the socket's bucket, and pauses the socket where that was the last one. A paused one goes into debt, by one read at most. */
 function takeToken(relay: Relay, socket: Socket): void {
   const { maxMessagesPerSecond: rate } = relay.config;
   if (rate === 0) return;
@@ -1212,7 +1203,10 @@ function closed(relay: Relay, socket: Socket, code: number): void {
   relay.sockets.delete(socket);
   relay.paused.delete(socket);
   // The queue is still there where the other side closed: what was sent before arrives, up to a frame that ends the socket.
-  for (let frame; (frame = session.queue?.shift()) !== undefined;) guarded(relay, socket, () => handle(relay, socket, frame));
+  while (session.queue !== undefined && session.queue.length > 0) {
+    const frame = session.queue.shift() as string | Buffer;
+    guarded(relay, socket, () => handle(relay, socket, frame));
+  }
   session.queue = undefined;
   const { slot } = session;
   if (slot !== undefined) {
@@ -1285,19 +1279,21 @@ function repeat(relay: Relay, ms: number, run: () => void): void {
 export function addressKey(text: string): string | undefined {
   const address = text.trim().replace(/%.*$/, "");
   if (isIP(address) !== 6) return isIP(address) === 4 ? copyOf(address) : undefined; // not a slice of the whole header
-  const hex = address.replace(/(\d+)\.(\d+)\.(\d+)\.(\d+)$/, (_, ...bytes) => {
-    const [a = 0, b = 0, c = 0, d = 0] = bytes.slice(0, 4).map(Number);
-    return `${(a * 256 + b).toString(16)}:${(c * 256 + d).toString(16)}`;
-  });
-  const [head = [], tail = []] = hex.split("::").map((half) => half.split(":").filter(Boolean));
-  const gap = Array<string>(8 - head.length - tail.length).fill("0");
-  const groups = [...head, ...gap, ...tail].map((group) => Number.parseInt(group, 16));
+  const groupsOf = (half: string) =>
+    half
+      .split(":")
+      .filter(Boolean)
+      .flatMap((part) => {
+        if (!part.includes(".")) return Number.parseInt(part, 16);
+        const [a = 0, b = 0, c = 0, d = 0] = part.split(".").map(Number);
+        return [a * 256 + b, c * 256 + d];
+      });
+  const [head = [], tail = []] = address.split("::").map(groupsOf);
+  const groups = [...head, ...Array<number>(8 - head.length - tail.length).fill(0), ...tail];
   const [high = 0, low = 0] = groups.slice(6);
   if (groups.slice(0, 6).join() === "0,0,0,0,0,65535") return [high >> 8, high & 255, low >> 8, low & 255].join(".");
-  return `${groups
-    .slice(0, 4)
-    .map((group) => group.toString(16))
-    .join(":")}::/64`;
+  const network = groups.slice(0, 4).map((group) => group.toString(16));
+  return `${network.join(":")}::/64`;
 }
 
 /** Counts a miss, or none where `count` is 0. @returns whether the address is over the limit */
@@ -1645,8 +1641,8 @@ function serve(relay: Relay, path: string, address: string | undefined): Respons
   if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
   const code = lookedUp(path);
   if (code !== undefined) return roomAnswer(relay, code, address);
-  const { dashboardUrl, flyApp, flyRegion } = relay.config;
-  const asksRoom = flyApp !== undefined && flyRegion !== undefined && regionOf(path.slice(1)) === flyRegion;
+  const { dashboardUrl, flyApp } = relay.config;
+  const asksRoom = flyApp !== undefined && CODE.test(path.slice(1));
   if (asksRoom && address !== undefined && lockedOut(relay, address)) return tooManyAttempts(relay);
   if (dashboardUrl !== undefined) return reply(302, "", { Location: dashboardUrl });
   return reply(200, `rooms: ${relay.rooms.size}\nclients: ${relay.clients}\n`);

@@ -195,6 +195,38 @@ describe("pings and pongs that nobody asked for", () => {
       clock.advance(2_000);
       expect(await other.next()).toMatchObject({ type: "peer_joined" });
     });
+
+  test("pings among messages cost their share and none of the messages", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ clock, maxMessagesPerSecond: RATE });
+    const peer = await Client.open(relay.url);
+    const flooder = await sits(relay.url, await peer.create(), "flooder");
+    await peer.soFar();
+    const ping = clientFrame(Buffer.alloc(0), { opcode: 9 });
+    const sends = numbered(60).map((message) => clientFrame(Buffer.from(JSON.stringify(message))));
+    flooder.write(Buffer.concat(sends.flatMap((send) => [send, ping])));
+    const got: unknown[] = [];
+    for (let passed = 0; passed < 11_000; passed += 500) {
+      got.push(...dataOf(await peer.soFar()));
+      clock.advance(500);
+    }
+    expect(got).toEqual(upTo(60));
+  });
+
+  test("a pong that was asked for costs nothing", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ clock, maxMessagesPerSecond: RATE });
+    const host = await Client.open(relay.url);
+    const room = await host.create();
+    const phone = await sits(relay.url, room, "phone");
+    await host.soFar();
+    clock.advance(6_000);
+    expect((await phone.nextFrame())?.opcode).toBe(9);
+    for (const _ of upTo(2 * RATE)) phone.write(clientFrame(Buffer.alloc(0), { opcode: 10 })); // all but the first cost
+    phone.send({ type: "send", data: 1 }, { type: "send", data: 2 });
+    expect(await host.next()).toMatchObject({ data: 1 });
+    expect(await host.soFar()).toEqual([]);
+  });
 });
 
 describe("a dead peer", () => {
