@@ -10,6 +10,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { RelayHandle } from "../server.ts";
 import { openPage } from "./browser.ts";
+import { readFlags } from "./flags.ts";
 import { Client, testRelay } from "./testing.ts";
 
 type Place = { x: number; y: number; w: number; h: number };
@@ -456,12 +457,8 @@ export function drawPage({ title, panels, templating }: Dashboard, answers: Answ
   };
 }
 
-async function main(args: string[]): Promise<void> {
-  const [option, file] = args;
-  if (args.length !== 0 && (option !== "--draw" || file === undefined || args.length !== 2)) {
-    console.error("usage: bun run ops/dashboard.ts [--draw FILE.png]");
-    process.exit(2);
-  }
+async function main(): Promise<void> {
+  const { draw: file } = readFlags("bun run ops/dashboard.ts [--draw FILE.png]", { draw: { type: "string" } });
   if (whyNoPrometheus !== undefined) {
     console.error("needs Debian's prometheus: apt-get install prometheus");
     process.exit(1);
@@ -485,6 +482,6 @@ async function main(args: string[]): Promise<void> {
 }
 
 if (import.meta.main) {
-  await main(process.argv.slice(2));
+  await main();
   process.exit(); // the players' sockets and the browser are still open
 }

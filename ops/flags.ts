@@ -1,8 +1,15 @@
 /** Command lines of the tools. */
 import { parseArgs, type ParseArgsOptionsConfig } from "node:util";
 
-/** The flags that were given. Ends the process with 2, and says how the tool is used, where one is unknown. */
+/**
+ * The flags that were given. Ends the process with 2, and says how the tool is used, where one is unknown; with 0 at
+ * `--help`.
+ */
 export function readFlags<T extends ParseArgsOptionsConfig>(usage: string, options: T) {
+  if (Bun.argv.includes("--help")) {
+    console.log(`usage: ${usage}`);
+    process.exit(0);
+  }
   try {
     return parseArgs({ options }).values;
   } catch (error) {

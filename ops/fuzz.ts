@@ -556,6 +556,8 @@ export async function main(
   const seconds = Number(values.seconds ?? 60);
   const seed = Number(values.seed ?? crypto.getRandomValues(new Uint16Array(1))[0]);
   if (!(seconds > 0) || !Number.isSafeInteger(seed)) badUsage(usage, "--seconds must be a positive number, --seed a whole one");
+  if (values.url !== undefined)
+    await vitals(values.url).catch((error: Error) => badUsage(usage, `${values.url} doesn't answer: ${error.message}`));
   console.log(`seed ${seed}`);
   const faults = await run(seconds, seed, console.log, values.url);
   for (const fault of faults) console.error(`FAULT ${fault}`);

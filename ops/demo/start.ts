@@ -63,21 +63,24 @@ async function main(): Promise<void> {
     throw new Error(`DEMO_PORT must be a whole number from 0 to 65535, not ${JSON.stringify(port)}`);
   if (RELAY_URL !== undefined && !/^(?:ws|http)s?:$/.test(URL.parse(RELAY_URL)?.protocol ?? ""))
     throw new Error(`RELAY_URL must be a ws, wss, http or https URL, not ${JSON.stringify(RELAY_URL)}`);
-  const config = configFromEnv(process.env);
-  let relay = RELAY_URL ?? `http://localhost:${config.port}`;
+  let relay = RELAY_URL;
   let how = "";
-  if (!(await answers(relay))) {
-    how = RELAY_URL ? ", which doesn't answer: the page keeps trying" : ", started here";
-    if (!RELAY_URL) relay = startRelay(config).url;
-  }
+  if (relay === undefined) {
+    const config = configFromEnv(process.env);
+    relay = `http://localhost:${config.port}`;
+    if (!(await answers(relay))) {
+      how = ", started here";
+      relay = startRelay(config).url;
+    }
+  } else if (!(await answers(relay))) how = ", which doesn't answer: the page keeps trying";
   console.log(`Relay: ${relay}${how}`);
   const page = serveDemo({ port: Number(port), relay });
   console.log(`Demo:  ${page.url.origin} on the big screen, http://${lanAddress()}:${page.port} on phones`);
 }
 
 if (import.meta.main) {
-  await main().catch((error: Error) => {
-    console.error(error.message); // a port that is taken, or a variable that is wrong
+  await main().catch(({ code, message }: Error & { code?: string }) => {
+    console.error(code === "EADDRINUSE" ? `DEMO_PORT ${process.env.DEMO_PORT ?? DEMO_PORT} is in use` : message);
     process.exit(1);
   });
 }
