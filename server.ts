@@ -982,13 +982,18 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     handle(relay, socket, { data, to, echo }, { index, room }) {
       const frame = messageFrame(index, data);
       if (to === undefined) return post(relay, { from: socket, room, frame, to: undefined, echo: echo === true });
-      const wanted = Array.isArray(to) ? [...new Set(to)] : [to];
+      if (!Array.isArray(to)) {
+        const target = isIndex(to) ? room.connected.get(to) : undefined;
+        if (target === undefined) return refuse("peer_not_found");
+        return post(relay, { from: socket, room, frame, to: [target], echo: false });
+      }
+      const wanted = [...new Set(to)];
       if (wanted.length < 1 || wanted.length > TARGETS || !wanted.every(isIndex)) return refuse("peer_not_found");
       const found = wanted.flatMap((target) => room.connected.get(target) ?? []);
       if (found.length > 0) post(relay, { from: socket, room, frame, to: found, echo: false });
       if (found.length === wanted.length) return;
       const missing = wanted.filter((target) => !room.connected.has(target)).sort((a, b) => a - b);
-      return refuse("peer_not_found", Array.isArray(to) ? missing : undefined);
+      return refuse("peer_not_found", missing);
     },
   },
 
