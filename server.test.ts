@@ -1488,7 +1488,10 @@ describe("configuration", () => {
     ]);
     await using relay = testRelay();
     const taken = run({ PORT: String(relay.port) });
-    expect([await taken.exited, await new Response(taken.stderr).text()]).toEqual([1, `Port ${relay.port} is in use: set PORT to another\n`]);
+    expect([await taken.exited, await new Response(taken.stderr).text()]).toEqual([
+      1,
+      `Port ${relay.port} is in use: set PORT to another\n`,
+    ]);
   });
 });
 
