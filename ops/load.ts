@@ -39,7 +39,7 @@ what to load
 
 traffic
   --rooms N            [100]
-  --clients N          members a room [8]
+  --clients N          members a room [8; 4 with --grow rooms]
   --senders N|all      members a room that send [1]
   --bytes N            size of \`data\` as JSON text; at least 16, of an object 22 [48]
   --payload KIND       string, or object: an array of small objects, as a game's state has [string]
@@ -124,7 +124,7 @@ function parseOptions(argv: string[]): Options | "help" {
         "vs-pid": { type: "string" },
         runs: { type: "string" },
         rooms: { type: "string", default: "100" },
-        clients: { type: "string", default: "8" },
+        clients: { type: "string" },
         senders: { type: "string", default: "1" },
         bytes: { type: "string", default: "48" },
         payload: { type: "string", default: "string" },
@@ -177,7 +177,8 @@ function parseOptions(argv: string[]): Options | "help" {
   if (flags.url !== undefined && flags.server !== undefined) throw new UsageError("--url and --server exclude each other");
 
   const rooms = count("rooms", flags.rooms, 1);
-  const clients = count("clients", flags.clients, mode === "traffic" ? 2 : 1);
+  // 3,000 rooms of 8 would be more sockets than a process may usually open.
+  const clients = count("clients", flags.clients ?? (grow === "rooms" ? "4" : "8"), mode === "traffic" ? 2 : 1);
   const senders = flags.senders === "all" ? ("all" as const) : count("senders", flags.senders, 1);
   if (senders !== "all" && senders > clients) throw new UsageError("--senders must be at most --clients");
   const payload = oneOf("payload", flags.payload, PAYLOADS);
