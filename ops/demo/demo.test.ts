@@ -18,6 +18,12 @@ import {
 import { serveDemo } from "./start.ts";
 import { spawnRelay, type RelayProcess } from "./testing.ts";
 
+test("a second demo on the same port is refused: it would take half of the pages", async () => {
+  const relay = "ws://localhost:9";
+  await using demo = serveDemo({ port: 0, relay });
+  expect(() => serveDemo({ port: demo.port as number, relay })).toThrow("in use");
+});
+
 describe("a round", () => {
   const open = (): Game => ({ ...newGame(), phase: "open", round: newRound(), out: [2] });
 

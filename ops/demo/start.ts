@@ -32,6 +32,7 @@ export function serveDemo({ port, relay }: { port: number; relay: string }): Bun
   return Bun.serve({
     port,
     development: false,
+    reusePort: false, // which `development: false` turns on: two demos would share the port
     routes: {
       "/": index,
       "/place.json": (request) => {
