@@ -294,11 +294,10 @@ const FLUSH_MS = 500; // close frames behind a slow member's backlog get this lo
 const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
-const HOLD_MS = 2; // how long a busy relay holds broadcasts, to send several in one system call
-const HOLD_FRAME = 4096; // characters of a frame that is held; for longer ones the calls that holding saves are not worth it
-const HOLD_LENGTH = 128 * 1024; // characters of held frames together; well below what a socket may buffer by default
-const HOLD_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, holding pays
-const HOLD_WINDOW_MS = 20; // over which that rate is taken
+const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
+const LONG_TURN_MS = 4; // after a turn of this length enough of them have gathered
+const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
+const REST_WINDOW_MS = 20; // over which that rate is taken
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -310,6 +309,8 @@ export type Clock = {
   epoch(): number;
   /** Runs `run` once, `ms` from now, without keeping the process alive. @returns what cancels it */
   after(ms: number, run: () => void): () => void;
+  /** Stands still for `ms`, and everything with it. */
+  rest(ms: number): void;
 };
 
 /** The other machines of this region. */
@@ -355,6 +356,8 @@ export class ConfigError extends Error {
   }
 }
 
+const STANDSTILL = new Int32Array(new SharedArrayBuffer(4)); // nobody wakes who waits for it
+
 export const systemClock: Clock = {
   now: () => performance.now(),
   epoch: () => Date.now(),
@@ -362,6 +365,9 @@ export const systemClock: Clock = {
     const timer = setTimeout(run, ms);
     timer.unref();
     return () => clearTimeout(timer);
+  },
+  rest(ms) {
+    Atomics.wait(STANDSTILL, 0, 0, ms); // `Bun.sleepSync` knows whole milliseconds only
   },
 };
 
@@ -500,9 +506,6 @@ class Room {
   waiting: "linger" | "host" | undefined;
   waitEnds = 0;
   cancelWait = () => {};
-  /** Sends that wait, about HOLD_MS from the first on, to leave together. */
-  held: Held[] = [];
-  heldSince = 0;
   /** Payload bytes published so far: who hasn't been heard from over many of them was too slow. */
   published = 0;
 
@@ -552,8 +555,6 @@ const PROBES = ["found", "missing", "failed"] as const;
 const zeros = <K extends string>(keys: readonly K[]): Record<K, number> =>
   Object.fromEntries(keys.map((key) => [key, 0])) as Record<K, number>;
 
-type Held = { from: Socket; room: Room; frame: string; to: Socket[] | undefined; echo: boolean };
-
 /** All that a relay has in memory. Two of them share nothing. */
 class Relay {
   server!: Server<Session>;
@@ -573,14 +574,12 @@ class Relay {
   readonly capLogged = new Map<string, number>();
   /** Connected members. */
   clients = 0;
-  /** Rooms that hold sends, the longest first; the frames' length together; their one timer. */
-  readonly holders = new Set<Room>();
-  heldLength = 0;
-  cancelHold: (() => void) | undefined;
-  /** Whether holding pays, and the deliveries since `loadSince`, whose rate decides it. */
+  /** Whether resting pays: by the rate of deliveries since `loadSince`, when there had been `loadFrom`. */
   busy = false;
-  load = 0;
   loadSince = 0;
+  loadFrom = 0;
+  /** Whether this turn of the event loop ends with a rest. */
+  resting = false;
   cancelRefill: (() => void) | undefined;
   cancelIdle = () => {};
   /** When a drain ends (clock time); undefined while none goes on. */
@@ -637,14 +636,12 @@ function capReached(relay: Relay, cap: string): void {
 // ---- Frames out: all that leaves goes through here, in the order in which it was handled -----------------
 
 function write(relay: Relay, socket: Socket, frame: string): void {
-  release(relay, socket.data.slot?.room);
   relay.messagesOut++;
   relay.bytesOut += Buffer.byteLength(frame);
   socket.sendText(frame);
 }
 
 function publish(relay: Relay, room: Room, frame: string, except?: Socket): void {
-  release(relay, room);
   const receivers = room.connected.size - (except === undefined ? 0 : 1);
   const bytes = Buffer.byteLength(frame);
   relay.messagesOut += receivers;
@@ -654,56 +651,24 @@ function publish(relay: Relay, room: Room, frame: string, except?: Socket): void
   else relay.server.publish(room.code, frame);
 }
 
-function deliver(relay: Relay, { from, room, frame, to, echo }: Held): void {
-  if (to === undefined) publish(relay, room, frame, echo ? undefined : from);
-  else for (const socket of to) write(relay, socket, frame);
-}
-
-/** Sends what a room holds. Whatever else goes to its members, and whoever comes or goes, does this first: holding changes no order. */
-function release(relay: Relay, room: Room | undefined): void {
-  if (room === undefined || room.held.length === 0) return;
-  const { held } = room;
-  room.held = [];
-  relay.holders.delete(room);
-  for (const { frame } of held) relay.heldLength -= frame.length;
-  for (const one of held) deliver(relay, one);
-  if (relay.holders.size > 0) return;
-  relay.cancelHold?.();
-  relay.cancelHold = undefined;
-}
-
-/** Releases the rooms that have held for HOLD_MS, to half a millisecond: timers have whole ones. */
-function releaseDue(relay: Relay): void {
-  const { clock } = relay.config;
-  relay.cancelHold = clock.after(1, () => releaseDue(relay));
-  const due = clock.now() - HOLD_MS + 0.5;
-  for (const room of relay.holders) {
-    if (room.heldSince > due) break;
-    release(relay, room);
-  }
-}
-
-/** Delivers a `send`: at once, or where the relay is busy together with others. */
-function post(relay: Relay, send: Held): void {
-  const now = send.from.data.heardAt; // read already; what a paused socket had sent is older, and only makes a window longer
-  relay.load += send.to?.length ?? send.room.connected.size - (send.echo ? 0 : 1);
+/**
+ * Lets a busy relay rest for a moment before it reads on: what gathers meanwhile is read in one turn of the event loop, and
+ * all that a member gets of it leaves in one system call. Orders and holds nothing back itself: what was read is on its way.
+ */
+function restIfBusy(relay: Relay, now: number): void {
   const elapsed = now - relay.loadSince;
-  if (elapsed >= HOLD_WINDOW_MS) {
-    relay.busy = relay.load > elapsed * HOLD_ABOVE;
-    relay.load = 0;
+  if (elapsed >= REST_WINDOW_MS) {
+    relay.busy = relay.messagesOut - relay.loadFrom > elapsed * REST_ABOVE;
+    relay.loadFrom = relay.messagesOut;
     relay.loadSince = now;
   }
-  const { room, frame, to } = send;
-  const alone = to !== undefined && room.held.length === 0; // gains nothing by waiting; behind held broadcasts it waits with them
-  if (!relay.busy || frame.length > HOLD_FRAME || alone) return deliver(relay, send);
-  if (room.held.length === 0) {
-    room.heldSince = now;
-    relay.holders.add(room);
-    relay.cancelHold ??= relay.config.clock.after(HOLD_MS, () => releaseDue(relay));
-  }
-  room.held.push(send);
-  relay.heldLength += frame.length;
-  if (relay.heldLength > HOLD_LENGTH) for (const holder of relay.holders) release(relay, holder);
+  if (!relay.busy || relay.resting) return;
+  relay.resting = true;
+  setImmediate(() => {
+    relay.resting = false;
+    const { clock } = relay.config;
+    if (clock.now() - now < LONG_TURN_MS) clock.rest(REST_MS);
+  });
 }
 
 const say = (relay: Relay, socket: Socket, message: ServerMessage) => write(relay, socket, frameOf(message));
@@ -722,7 +687,6 @@ function hangUp(relay: Relay, socket: Socket, code: number, reason: string): voi
 // ---- Slots: `sit` and `stand` are the only writers of who sits where -------------------------------------
 
 function sit(relay: Relay, socket: Socket, slot: Slot): void {
-  release(relay, slot.room); // a joiner sees nothing from before
   const { room } = slot;
   relay.absent.delete(slot);
   room.absent.delete(slot);
@@ -736,7 +700,6 @@ function sit(relay: Relay, socket: Socket, slot: Slot): void {
 }
 
 function stand(relay: Relay, socket: Socket, slot: Slot, why: Disconnect): void {
-  release(relay, slot.room); // what was sent before still reaches the one who goes
   socket.unsubscribe(slot.room.code);
   slot.room.connected.delete(slot.index);
   socket.data.slot = undefined;
@@ -981,16 +944,16 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     },
     handle(relay, socket, { data, to, echo }, { index, room }) {
       const frame = messageFrame(index, data);
-      if (to === undefined) return post(relay, { from: socket, room, frame, to: undefined, echo: echo === true });
+      if (to === undefined) return publish(relay, room, frame, echo === true ? undefined : socket);
       if (!Array.isArray(to)) {
         const target = isIndex(to) ? room.connected.get(to) : undefined;
         if (target === undefined) return refuse("peer_not_found");
-        return post(relay, { from: socket, room, frame, to: [target], echo: false });
+        return write(relay, target, frame);
       }
       const wanted = [...new Set(to)];
       if (wanted.length < 1 || wanted.length > TARGETS || !wanted.every(isIndex)) return refuse("peer_not_found");
       const found = wanted.flatMap((target) => room.connected.get(target) ?? []);
-      if (found.length > 0) post(relay, { from: socket, room, frame, to: found, echo: false });
+      for (const target of found) write(relay, target, frame);
       if (found.length === wanted.length) return;
       const missing = wanted.filter((target) => !room.connected.has(target)).sort((a, b) => a - b);
       return refuse("peer_not_found", missing);
@@ -1150,6 +1113,7 @@ function heard(socket: Socket, now: number): void {
 function received(relay: Relay, socket: Socket, frame: string | Buffer): void {
   const session = socket.data;
   heard(socket, relay.config.clock.now());
+  restIfBusy(relay, session.heardAt);
   relay.messagesIn++;
   relay.bytesIn += Buffer.byteLength(frame);
   if (session.queue !== undefined) session.queue.push(frame);

@@ -545,6 +545,7 @@ describe("health", () => {
       now: () => clock.now() + late,
       epoch: () => clock.epoch(),
       after: (ms: number, run: () => void) => clock.after(ms, run),
+      rest: () => {},
     };
     await using relay = testRelay({ clock: lateClock });
     const lag = () => readOne(relay, "party_sockets_event_loop_lag_seconds");

@@ -20,13 +20,6 @@ const newSeed = (): number => Math.floor(Math.random() * 1_000_000);
 test("every socket gets the frames and the close that the model expects, in order", async () => {
   const seed = newSeed();
   console.log(`model seed ${seed}`);
-  const { seen } = await runModel({ seed, steps: 6000, hold: false });
+  const { seen } = await runModel({ seed, steps: 6000 });
   expect(MET.filter((label) => !seen.has(label))).toEqual([]);
-}, 30_000);
-
-test("nothing is lost, and the order stays, where a busy relay holds broadcasts", async () => {
-  const seed = newSeed();
-  console.log(`model seed ${seed} --hold`);
-  const { held } = await runModel({ seed, steps: 4000, hold: true });
-  expect(held).toBeGreaterThan(50); // else the relay was never busy
 }, 30_000);

@@ -2,7 +2,6 @@
  * A model test of the relay: random steps against a real one, every frame compared with what a plain model expects.
  *
  *     bun run ops/model.ts --seed 7 --steps 20000
- *     bun run ops/model.ts --seed 7 --steps 20000 --hold    (the relay is kept busy enough to hold its sends)
  *
  * The model is written from the README's tables of messages and shares no code with the relay. Reading order: Model
  * (what must happen), Frames (what clients write), Run (how both are driven and compared).
@@ -669,9 +668,8 @@ class Writer {
   sends({ room, index }: Slot): Sent[] {
     const { dice } = this;
     if (dice.chance(0.01)) {
-      const length = dice.pick([4_000, 40_000]); // together more than a relay would want to hold
-      const data = `"${"x".repeat(length)}"`;
-      return Array.from({ length: 200_000 / length }, () => ({ text: `{"type":"send","data":${data}}`, data }));
+      const data = `"${"x".repeat(40_000)}"`; // several of them are more than a read brings
+      return Array.from({ length: 5 }, () => ({ text: `{"type":"send","data":${data}}`, data }));
     }
     return Array.from({ length: 1 + dice.below(4) }, () => this.#message("send", room, index));
   }
@@ -838,9 +836,6 @@ const DRAIN_STEPS = 0.03; // the part of the steps that comes after a stop signa
 const CLOSING_MS = 5_000; // the end of a drain, in which the order of the rooms is the relay's choice
 const CHUNK_MS = 5_000; // less than a relay's tick for dead peers: the sockets are heard in each
 const PATIENCE_MS = 5_000; // for an answer that comes in microseconds, or never
-const HOLD_MS = 2; // what a busy relay may hold a send for
-const BUSY_MS = 20; // how long a relay watches before it takes itself for busy, and
-const BUSY_DELIVERIES = 1700; // how many deliveries it must see in that time
 const HISTORY = 12; // steps that a failure shows
 const SHOWN = 300; // characters of a frame that a failure shows
 
@@ -850,8 +845,6 @@ const ORIGINS = [undefined, "https://a.example", "https://b.example:8443", `http
 export type Tally = {
   /** Frames compared. */
   frames: number;
-  /** Times that `send`s were seen to wait in the relay. */
-  held: number;
   /** Frames compared by type, refusals by message, closes by code. */
   seen: Map<string, number>;
 };
@@ -862,8 +855,6 @@ export type RunOptions = {
   seed: number;
   /** Steps: one socket's frames, one socket more or less, or some time passing. */
   steps: number;
-  /** Whether the relay is kept so busy that it holds broadcasts. */
-  hold: boolean;
   /** Called after each step, with how many there were. */
   progress?: (step: number, tally: Tally) => void;
 };
@@ -892,14 +883,12 @@ class Run {
   readonly model = new Model(this.clock.now());
   readonly dice: Random;
   readonly writer: Writer;
-  readonly tally: Tally = { frames: 0, held: 0, seen: new Map() };
+  readonly tally: Tally = { frames: 0, seen: new Map() };
   readonly #links: Link[] = [];
   readonly #history: string[] = [];
   #step = 0;
   #opened = 0;
   #mark = 0;
-  /** When `send`s were last left to the relay to deliver in its own time. */
-  #quietSince = -Infinity;
 
   constructor(readonly options: RunOptions) {
     this.dice = new Random(options.seed);
@@ -933,8 +922,6 @@ class Run {
   // ---- steps
 
   async #act(): Promise<void> {
-    const { hold } = this.options;
-    if (hold && this.dice.chance(0.03)) await this.#busy();
     const link = this.#actor();
     if (link === undefined) return this.#open();
     const { length } = this.#links;
@@ -951,8 +938,6 @@ class Run {
       case "open":
         return this.#open();
       case "frames": {
-        const { slot } = link.twin;
-        if (hold && slot !== undefined && this.dice.chance(0.6)) return this.#quiet(link, this.writer.sends(slot));
         return this.#frames(link, this.writer.batch(link.twin, true));
       }
       case "close": {
@@ -1001,21 +986,6 @@ class Run {
     await this.#sync([...mates, ...this.#mates(link)]);
   }
 
-  /** One socket sends some frames, and nothing is asked that would make a relay send at once what it holds. */
-  async #quiet(link: Link, batch: Sent[]): Promise<void> {
-    this.#noteFrames(link, batch);
-    for (const sent of batch) {
-      link.client.send(sent.text);
-      this.model.handle(link.twin, sent);
-    }
-    this.#quietSince = this.clock.now();
-    const metrics = await this.#until("the relay to read all frames", async () => {
-      const metrics = await this.#metrics();
-      return metrics.read === this.model.read ? metrics : undefined;
-    });
-    if (metrics.written < this.model.written) this.tally.held++;
-  }
-
   async #close(link: Link): Promise<void> {
     const mates = this.#mates(link);
     const batch = this.dice.chance(0.5) ? this.writer.batch(link.twin, false) : [];
@@ -1051,7 +1021,6 @@ class Run {
   /** Some time: any, or what is left until a room ends, and a millisecond less or more. */
   #time(): number {
     const { dice, model } = this;
-    if (this.options.hold && dice.chance(0.8)) return dice.pick([1, 1, HOLD_MS]);
     const soon = model.deadlines.filter((time) => time - model.now < 60_000);
     const due = soon.length > 0 && dice.chance(0.7) ? dice.pick(soon) + dice.below(3) - 1 - model.now : 0;
     const ms = due > 0 ? due : dice.pick([1, 19, 250, 999, 1000, 1001, 3000, 9000]);
@@ -1065,29 +1034,8 @@ class Run {
       const chunk = Math.min(rest, CHUNK_MS);
       this.clock.advance(chunk);
       this.model.advance(chunk);
-      if (this.options.hold && !this.#over && this.clock.now() - this.#quietSince >= HOLD_MS) {
-        const { written } = await this.#metrics();
-        if (written !== this.model.written)
-          this.#fail(`The relay wrote ${written} frames within ${HOLD_MS} ms of the last, not ${this.model.written}`);
-      }
       await this.#sync(this.#links);
     }
-  }
-
-  /** So many deliveries that the relay takes itself for busy. */
-  async #busy(): Promise<void> {
-    const members = this.#links.filter(({ twin }) => twin.slot !== undefined);
-    if (members.length === 0) return;
-    const link = this.dice.pick(members);
-    const receivers = link.twin.slot!.room.connected.length;
-    await this.#advance(BUSY_MS); // the next window
-    if (link.twin.slot === undefined) return; // its room's time was up
-    const batch = Array.from({ length: Math.ceil(BUSY_DELIVERIES / receivers) }, (_, i) => ({
-      text: `{"type":"send","data":${i},"echo":true}`,
-      data: `${i}`,
-    }));
-    await this.#frames(link, batch);
-    await this.#advance(BUSY_MS);
   }
 
   /** Looks a room up, and the counts. */
@@ -1104,7 +1052,7 @@ class Run {
     const { size } = model.rooms;
     this.#same("metrics", { rooms, clients, read }, { rooms: size, clients: model.clients, read: model.read });
     this.#same("counts", await this.#counts(), { rooms: size, clients: model.clients });
-    if (!this.options.hold) this.#same("frames out", written, model.written);
+    this.#same("frames out", written, model.written);
   }
 
   async #drain(): Promise<void> {
@@ -1249,8 +1197,8 @@ class Run {
   }
 
   #fail(what: string): never {
-    const { seed, steps, hold } = this.options;
-    const again = `bun run ops/model.ts --seed ${seed} --steps ${steps}${hold ? " --hold" : ""}`;
+    const { seed, steps } = this.options;
+    const again = `bun run ops/model.ts --seed ${seed} --steps ${steps}`;
     throw new Error(`Step ${this.#step}: ${what}\nThe last steps:\n${this.#history.join("\n")}\nAgain: ${again}`);
   }
 }
@@ -1280,19 +1228,19 @@ const show = (frames: readonly (Expected | Uint8Array)[]): string =>
     .join("\n           ") || "nothing";
 
 if (import.meta.main) {
-  const usage = "bun run ops/model.ts [--seed N] [--steps 20000] [--hold]";
-  const values = readFlags(usage, { seed: { type: "string" }, steps: { type: "string" }, hold: { type: "boolean" } });
+  const usage = "bun run ops/model.ts [--seed N] [--steps 20000]";
+  const values = readFlags(usage, { seed: { type: "string" }, steps: { type: "string" } });
   const [seed, steps] = [Number(values.seed ?? Date.now() % 1_000_000), Number(values.steps ?? 20_000)];
   if (!Number.isSafeInteger(seed) || !(steps > 0)) badUsage(usage, "--seed and --steps must be whole numbers");
   const begun = performance.now();
   console.log(`seed ${seed}`);
-  const line = (step: number, { frames, held }: Tally) =>
-    `${step} steps, ${frames} frames compared, ${held} times held, ${((performance.now() - begun) / 1000).toFixed(1)} s`;
+  const line = (step: number, { frames }: Tally) =>
+    `${step} steps, ${frames} frames compared, ${((performance.now() - begun) / 1000).toFixed(1)} s`;
   const progress = (step: number, tally: Tally) => {
     if (step % 1000 === 0) console.log(line(step, tally));
   };
   try {
-    const tally = await runModel({ seed, steps, hold: values.hold ?? false, progress });
+    const tally = await runModel({ seed, steps, progress });
     for (const [label, count] of [...tally.seen].sort((a, b) => b[1] - a[1])) console.log(`${count}\t${label}`);
   } catch (error) {
     console.error((error as Error).message);

@@ -102,6 +102,7 @@ describe.skipIf(nginx === null)(`behind nginx${whyNot}`, () => {
       now: () => systemClock.now() * SPEED,
       epoch: () => systemClock.epoch(),
       after: (ms, run) => systemClock.after(ms / SPEED, run),
+      rest: () => {},
     };
     const timeout = `${60_000 / SPEED}ms`;
     await using relay = testRelay({ clock: fastClock });

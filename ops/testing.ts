@@ -125,6 +125,12 @@ export class Client {
 export class TestClock implements Clock {
   #now = 1_000_000;
   readonly #timers = new Set<{ due: number; run: () => void }>();
+  /** The rests that were asked for, in ms; none is taken. */
+  readonly rests: number[] = [];
+
+  rest(ms: number): void {
+    this.rests.push(ms);
+  }
 
   now(): number {
     return this.#now;
