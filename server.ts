@@ -1123,7 +1123,10 @@ function received(relay: Relay, socket: Socket, frame: string | Buffer): void {
   }
 }
 
-/** Takes a token from the socket's bucket, and pauses the socket where that was the last one. A paused one goes into debt, by one read at most. */
+/**
+ * Takes a token from the socket's bucket, and pauses the socket where that was the last one. A paused one goes into debt, by
+ * one read at most.
+ */
 function takeToken(relay: Relay, socket: Socket): void {
   const { maxMessagesPerSecond: rate } = relay.config;
   if (rate === 0) return;
@@ -1616,11 +1619,11 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
 function serve(relay: Relay, path: string, address: string | undefined): Response {
   if (path === "/health") return reply(200, { status: "ok" });
   if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
-  const code = lookedUp(path);
-  if (code !== undefined) return roomAnswer(relay, code, address);
   const { dashboardUrl, flyApp } = relay.config;
-  const asksRoom = flyApp !== undefined && CODE.test(path.slice(1));
+  const code = lookedUp(path);
+  const asksRoom = code !== undefined || (flyApp !== undefined && CODE.test(path.slice(1)));
   if (asksRoom && address !== undefined && lockedOut(relay, address)) return tooManyAttempts(relay);
+  if (code !== undefined) return roomAnswer(relay, code, address);
   if (dashboardUrl !== undefined) return reply(302, "", { Location: dashboardUrl });
   return reply(200, `rooms: ${relay.rooms.size}\nclients: ${relay.clients}\n`);
 }
@@ -1633,7 +1636,6 @@ function tooManyAttempts(relay: Relay): Response {
 
 function roomAnswer(relay: Relay, code: string, address: string | undefined): Response {
   const headers = { "X-Instance-Id": relay.config.instance };
-  if (address !== undefined && lockedOut(relay, address)) return tooManyAttempts(relay);
   const room = relay.rooms.get(code);
   if (room === undefined) {
     if (address !== undefined && miss(relay, address)) return tooManyAttempts(relay);
@@ -1648,13 +1650,10 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
   const { allowedOrigins } = relay.config;
   if (origin !== null && allowedOrigins !== undefined && !allowedOrigins.has(origin.toLowerCase()))
     return reply(403, { error: "Origin not allowed" });
-  if (request.headers.get("sec-websocket-version") !== WEBSOCKET_VERSION)
-    // Bun's own 426 lacks the CORS headers
-    return reply(
-      426,
-      { error: "Unsupported WebSocket version" },
-      { "Sec-WebSocket-Version": WEBSOCKET_VERSION, Upgrade: "websocket" },
-    );
+  if (request.headers.get("sec-websocket-version") !== WEBSOCKET_VERSION) {
+    const wanted = { "Sec-WebSocket-Version": WEBSOCKET_VERSION, Upgrade: "websocket" };
+    return reply(426, { error: "Unsupported WebSocket version" }, wanted); // Bun's own lacks the CORS headers
+  }
   const name = origin ? copyOf(origin.slice(0, ORIGIN_LENGTH)) : "unknown";
   if (server.upgrade(request, { data: new Session(address, name, missed && copyOf(missed)) })) return undefined;
   return reply(400, { error: "Not a WebSocket handshake" });

@@ -493,6 +493,9 @@ interface Result {
 }
 
 const HANDSHAKE_END = Buffer.from("\r\n\r\n");
+// To send what is due when it is due: players don't send in bunches of a millisecond. It takes a whole core, so where the server
+// needs that one too, a look each millisecond has to do.
+const SPINS = availableParallelism() > 1;
 const CONNECTS_AT_ONCE = 100; // below the 512 that a listen queue commonly holds
 const NEAR = 0.1; // part of the interval in which a room's members send with --phase near
 const JOIN_SECONDS = 60; // for a whole phase of connecting
@@ -836,9 +839,7 @@ class Run {
     const start = performance.now();
     let turn = 0;
     let cycle = 0;
-    // Sends what is due, when it is due: players don't send in bunches of a millisecond. It takes the whole core, so
-    // where the server needs that too, a look each millisecond has to do.
-    const again = availableParallelism() > 1 ? setImmediate : (run: () => void) => setTimeout(run, 1);
+    const again = SPINS ? setImmediate : (run: () => void) => setTimeout(run, 1);
     const sendDue = () => {
       for (;;) {
         const { member, phaseMs } = schedule[turn] as (typeof schedule)[number];
@@ -1116,7 +1117,7 @@ function phases({ rooms, phase }: Scenario, senders: number): { room: number; pl
 function notes(result: Result, { mode, rate }: Scenario): string[] {
   const notes = [];
   const percent = (share: number) => `${Math.round(share * 100)} %`;
-  const spins = mode === "traffic" && rate > 0; // on its core, to send on time; `lateMsP99` tells whether it could
+  const spins = SPINS && mode === "traffic" && rate > 0; // `lateMsP99` tells whether a core was enough
   const toolFull = !spins && result.toolCpuCore > FULL_CORE;
   const serverFull = (result.serverCpuCore ?? 0) > FULL_CORE;
   if (toolFull)

@@ -664,16 +664,6 @@ class Writer {
     });
   }
 
-  /** Some `send`s of a member. */
-  sends({ room, index }: Slot): Sent[] {
-    const { dice } = this;
-    if (dice.chance(0.01)) {
-      const data = `"${"x".repeat(40_000)}"`; // several of them are more than a read brings
-      return Array.from({ length: 5 }, () => ({ text: `{"type":"send","data":${data}}`, data }));
-    }
-    return Array.from({ length: 1 + dice.below(4) }, () => this.#message("send", room, index));
-  }
-
   #type(room: Room | undefined, index: number | undefined, mayCreate: boolean): string {
     const { dice } = this;
     const roomless = room === undefined;

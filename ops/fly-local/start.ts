@@ -14,7 +14,7 @@ import { type Proxy, type ProxyEvent, startProxy } from "./proxy.ts";
 import { connect, formatHead } from "./wire.ts";
 
 export type FlyLocalOptions = {
-  /** How many machines; they get the regions in turn. At most `MACHINES`. */
+  /** How many machines; they get the regions in turn. At most 999. */
   machines: number;
   /** Fly.io's region codes. */
   regions: string[];
@@ -67,7 +67,7 @@ export type FlyLocal = AsyncDisposable & {
 type Machine = FlyMachine & { netName: string; namespace: string; relay: Subprocess | null };
 
 const app = "party-sockets";
-const MACHINES = 999; // their ids count in three digits
+const mostMachines = 999; // their ids count in three digits
 const relayPort = 8080;
 const startMs = 20_000; // twenty relays start at once on two cores
 const pollMs = 20;
@@ -263,8 +263,8 @@ async function main(): Promise<number> {
   const regions = (values.regions ?? "fra,iad").split(",");
   const port = Number(values.port ?? 8090);
   const unknown = regions.find((region) => !REGIONS.includes(region));
-  if (!(Number.isInteger(machines) && machines >= 1 && machines <= MACHINES))
-    badUsage(usage, `--machines must be a whole number from 1 to ${MACHINES}`);
+  if (!(Number.isInteger(machines) && machines >= 1 && machines <= mostMachines))
+    badUsage(usage, `--machines must be a whole number from 1 to ${mostMachines}`);
   if (unknown !== undefined) badUsage(usage, `--regions: ${JSON.stringify(unknown)} isn't in regions.ts`);
   if (!(Number.isInteger(port) && port >= 0 && port <= 65535)) badUsage(usage, "--port must be a whole number from 0 to 65535");
 
