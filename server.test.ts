@@ -1,5 +1,5 @@
 import { describe, expect, test } from "bun:test";
-import { Client, TestClock, testRelay } from "./ops/testing.ts";
+import { Client, TestClock, testRelay } from "./ops/shared/testing.ts";
 import { REGIONS } from "./regions.ts";
 import type { Asked, ClientMessage, Config, Route } from "./server.ts";
 import {

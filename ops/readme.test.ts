@@ -1,8 +1,8 @@
 /** The README, tried: its snippets in a real browser, its line of output, its table of defaults. */
 import { expect, test } from "bun:test";
 import { configFromEnv } from "../server.ts";
-import { openPage, whyNoBrowser } from "./browser.ts";
-import { testRelay } from "./testing.ts";
+import { openPage, whyNoBrowser } from "./shared/browser.ts";
+import { testRelay } from "./shared/testing.ts";
 
 const readme = await Bun.file(new URL("../README.md", import.meta.url)).text();
 const snippets = [...readme.matchAll(/```js\n([\s\S]*?)```/g)].map(([, code]) => code as string);

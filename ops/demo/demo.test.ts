@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { mkdir } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { Client, testRelay, type Frame } from "../testing.ts";
+import { Client, testRelay, type Frame } from "../shared/testing.ts";
 import {
   cleanName,
   COLOURS,

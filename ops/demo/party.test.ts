@@ -1,6 +1,6 @@
 import { describe, expect, test } from "bun:test";
 import type { ServerMessage } from "../../server.ts";
-import { testRelay } from "../testing.ts";
+import { testRelay } from "../shared/testing.ts";
 import { connect, type Events, type Options, type Party, type Status } from "./party.ts";
 import { spawnRelay } from "./testing.ts";
 

@@ -7,7 +7,7 @@
  */
 import type { Subprocess } from "bun";
 import { REGIONS } from "../../regions.ts";
-import { badUsage, readFlags } from "../flags.ts";
+import { badUsage, readFlags } from "../shared/flags.ts";
 import { startDns } from "./dns.ts";
 import { inNamespace, openNetwork, dnsAddress, whyNoNetwork } from "./network.ts";
 import { type Proxy, type ProxyEvent, startProxy } from "./proxy.ts";

@@ -4,9 +4,9 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { get } from "node:http";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import type { Clock, RelayHandle } from "../server.ts";
-import { configFromEnv, systemClock } from "../server.ts";
-import { Client, testRelay } from "./testing.ts";
+import type { Clock, RelayHandle } from "../../server.ts";
+import { configFromEnv, systemClock } from "../../server.ts";
+import { Client, testRelay } from "../shared/testing.ts";
 
 const nginx = Bun.which("nginx", { PATH: `${process.env.PATH}:/usr/sbin` });
 const whyNot = nginx === null ? " (skipped: no nginx on this machine)" : "";

@@ -1,7 +1,7 @@
 /**
- * The floor: the least that any relay of this protocol has to do, as the point of reference for `ops/load.ts`.
+ * The floor: the least that any relay of this protocol has to do, as the point of reference for `ops/load/load.ts`.
  *
- *     PORT=0 bun run ops/floor.ts
+ *     PORT=0 bun run ops/load/floor.ts
  *
  * It speaks `create`, `join` and `send` (broadcast, or `to` one slot) exactly as the load tool writes them: a message is one
  * fixed splice and one native publish. It checks nothing, limits nothing and trusts everybody: never expose it.

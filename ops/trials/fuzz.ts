@@ -2,17 +2,17 @@
  * Hostile clients: random valid, invalid and truncated requests, handshakes, frames and messages from raw TCP sockets, against
  * a relay that other rooms use meanwhile.
  *
- *     bun run ops/fuzz.ts --seconds 60 --seed 7 [--url http://localhost:3000]
+ *     bun run ops/trials/fuzz.ts --seconds 60 --seed 7 [--url http://localhost:3000]
  *
  * Without `--url` it starts a relay of its own, with caps that are small enough to be reached. It exits with 1 and a list of
  * faults unless, at the end, the relay lives, the other rooms' messages all arrived in order, no room, member or socket is
  * left, and memory is where it was after the warm-up. The same seed makes the same attacks; only their timing differs.
- * `ops/soak.ts` puts parties through the same trial.
+ * `ops/trials/soak.ts` puts parties through the same trial.
  */
 import { readdirSync, readlinkSync } from "node:fs";
-import { badUsage, readFlags } from "./flags.ts";
-import { Random } from "./random.ts";
-import { Client } from "./testing.ts";
+import { badUsage, readFlags } from "../shared/flags.ts";
+import { Random } from "../shared/random.ts";
+import { Client } from "../shared/testing.ts";
 
 const SLACK_BYTES = 16 * 1024 * 1024; // how far memory may end from where it began
 const SETTLE_MS = 30_000; // a paused flooder's queue empties at the refill rate, a lingering room takes its time
@@ -235,7 +235,7 @@ export class ChildRelay {
   }
 
   /** Starts `bun run server.ts` on a free port. @throws where it ends before it listens */
-  static async start(env: Record<string, string> = {}, server = `${import.meta.dir}/../server.ts`): Promise<ChildRelay> {
+  static async start(env: Record<string, string> = {}, server = `${import.meta.dir}/../../server.ts`): Promise<ChildRelay> {
     const { PATH, HOME } = process.env;
     const child = new ChildRelay(
       Bun.spawn([process.execPath, "run", server], {
@@ -551,7 +551,7 @@ function mebi(bytes: number): string {
 export async function main(
   run: (seconds: number, seed: number, log: Trial["log"], url?: string) => Promise<string[]>,
 ): Promise<void> {
-  const usage = "bun run ops/fuzz.ts|ops/soak.ts [--seconds 60] [--seed N] [--url http://…]";
+  const usage = "bun run ops/trials/fuzz.ts|ops/trials/soak.ts [--seconds 60] [--seed N] [--url http://…]";
   const values = readFlags(usage, { seconds: { type: "string" }, seed: { type: "string" }, url: { type: "string" } });
   const seconds = Number(values.seconds ?? 60);
   const seed = Number(values.seed ?? crypto.getRandomValues(new Uint16Array(1))[0]);

@@ -3,8 +3,8 @@
  * is a process of its own where its memory or its end matters. About 2 s.
  */
 import { describe, expect, test } from "bun:test";
-import { ChildRelay, clientFrame, handshake, RawSocket, vitals } from "./fuzz.ts";
-import { Client, type Frame, TestClock, testRelay } from "./testing.ts";
+import { ChildRelay, clientFrame, handshake, RawSocket, vitals } from "./trials/fuzz.ts";
+import { Client, type Frame, TestClock, testRelay } from "./shared/testing.ts";
 
 /** A raw socket that sits in a room. */
 async function sits(url: string, room: string, clientId: string): Promise<RawSocket> {

@@ -7,11 +7,11 @@ import { describe, expect, test } from "bun:test";
 import { chmod, copyFile, mkdir, mkdtemp, readFile, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { basename, dirname, join } from "node:path";
-import { packageManager, version } from "../package.json" with { type: "json" };
-import { LIMITS } from "../server.ts";
-import { Client } from "./testing.ts";
+import { packageManager, version } from "../../package.json" with { type: "json" };
+import { LIMITS } from "../../server.ts";
+import { Client } from "../shared/testing.ts";
 
-const context = join(import.meta.dir, "..");
+const context = join(import.meta.dir, "../..");
 const DOCKER_STOP_SECONDS = 10; // then `docker stop` kills
 const BUN_USER = 1000; // `bun` of the oven/bun images
 

@@ -1,4 +1,4 @@
-/** A short form of the trials in `ops/fuzz.ts` and `ops/soak.ts`. About 4 s. */
+/** A short form of the trials in `ops/trials/fuzz.ts` and `ops/trials/soak.ts`. About 4 s. */
 import { expect, test } from "bun:test";
 import { fuzz } from "./fuzz.ts";
 import { soak } from "./soak.ts";

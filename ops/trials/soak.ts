@@ -2,13 +2,13 @@
  * Ordinary parties for a long time: rooms are created and joined, players talk, drop out, come back, leave, hand on the host's
  * role, kick, and go home. Everybody checks what arrives.
  *
- *     bun run ops/soak.ts --seconds 60 [--seed 7] [--url http://localhost:3000]
+ *     bun run ops/trials/soak.ts --seconds 60 [--seed 7] [--url http://localhost:3000]
  *
- * The trial, with its bystanders, its checks at the end and its exit code, is that of `ops/fuzz.ts`.
+ * The trial, with its bystanders, its checks at the end and its exit code, is that of `ops/trials/fuzz.ts`.
  */
-import type { ClientMessage } from "../server.ts";
+import type { ClientMessage } from "../../server.ts";
 import { type Arena, main, trial, type Trial } from "./fuzz.ts";
-import { Client, type Frame } from "./testing.ts";
+import { Client, type Frame } from "../shared/testing.ts";
 
 const PATIENCE_MS = 10_000; // longer than any answer takes
 

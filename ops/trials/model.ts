@@ -1,14 +1,14 @@
 /**
  * A model test of the relay: random steps against a real one, every frame compared with what a plain model expects.
  *
- *     bun run ops/model.ts --seed 7 --steps 20000
+ *     bun run ops/trials/model.ts --seed 7 --steps 20000
  *
  * The model is written from the README's tables of messages and shares no code with the relay. Reading order: Model
  * (what must happen), Frames (what clients write), Run (how both are driven and compared).
  */
-import { badUsage, readFlags } from "./flags.ts";
-import { Random } from "./random.ts";
-import { Client, TestClock, testRelay } from "./testing.ts";
+import { badUsage, readFlags } from "../shared/flags.ts";
+import { Random } from "../shared/random.ts";
+import { Client, TestClock, testRelay } from "../shared/testing.ts";
 
 // ---------------------------------------------------------------------------------------------------------
 // Model
@@ -1188,7 +1188,7 @@ class Run {
 
   #fail(what: string): never {
     const { seed, steps } = this.options;
-    const again = `bun run ops/model.ts --seed ${seed} --steps ${steps}`;
+    const again = `bun run ops/trials/model.ts --seed ${seed} --steps ${steps}`;
     throw new Error(`Step ${this.#step}: ${what}\nThe last steps:\n${this.#history.join("\n")}\nAgain: ${again}`);
   }
 }
@@ -1218,7 +1218,7 @@ const show = (frames: readonly (Expected | Uint8Array)[]): string =>
     .join("\n           ") || "nothing";
 
 if (import.meta.main) {
-  const usage = "bun run ops/model.ts [--seed N] [--steps 20000]";
+  const usage = "bun run ops/trials/model.ts [--seed N] [--steps 20000]";
   const values = readFlags(usage, { seed: { type: "string" }, steps: { type: "string" } });
   const [seed, steps] = [Number(values.seed ?? Date.now() % 1_000_000), Number(values.steps ?? 20_000)];
   if (!Number.isSafeInteger(seed) || !(steps > 0)) badUsage(usage, "--seed and --steps must be whole numbers");

@@ -1,6 +1,6 @@
 /** What the tests share: a relay on a free port, a client that misses no frame, and a clock that the test moves. */
-import type { ClientMessage, Clock, Config, RelayHandle } from "../server.ts";
-import { configFromEnv, startRelay } from "../server.ts";
+import type { ClientMessage, Clock, Config, RelayHandle } from "../../server.ts";
+import { configFromEnv, startRelay } from "../../server.ts";
 
 /** A relay of the test's own, on a free port, with nothing in the log. */
 export function testRelay(overrides: Partial<Config> = {}): RelayHandle {

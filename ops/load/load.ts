@@ -1,13 +1,13 @@
 /**
  * The load tool: how much does this machine carry, at what latency, for how much CPU, and was anything lost?
  *
- *     bun run ops/load.ts                                              a relay of its own, 100 rooms of 8, 60 messages a second each
- *     bun run ops/load.ts --url ws://localhost:3000 --rooms 10         a relay that runs already (--pid for its CPU and memory)
- *     bun run ops/load.ts --senders all --rooms 50 --phase random      a party: everybody sends, each at a moment of its own
- *     bun run ops/load.ts --rate 0 --vs "bun run ops/floor.ts"         saturated, compared with the floor, alternating
- *     bun run ops/load.ts --connect --rooms 1250                       what connecting costs; --idle: what being connected costs
- *     bun run ops/load.ts --flap 1000 --rooms 125                      so many members reconnect at once
- *     bun run ops/load.ts --grow bytes --plot bytes.svg                cost a delivery along rising values
+ *     bun run ops/load/load.ts                                              a relay of its own, 100 rooms of 8, 60 messages a second each
+ *     bun run ops/load/load.ts --url ws://localhost:3000 --rooms 10         a relay that runs already (--pid for its CPU and memory)
+ *     bun run ops/load/load.ts --senders all --rooms 50 --phase random      a party: everybody sends, each at a moment of its own
+ *     bun run ops/load/load.ts --rate 0 --vs "bun run ops/load/floor.ts"         saturated, compared with the floor, alternating
+ *     bun run ops/load/load.ts --connect --rooms 1250                       what connecting costs; --idle: what being connected costs
+ *     bun run ops/load/load.ts --flap 1000 --rooms 125                      so many members reconnect at once
+ *     bun run ops/load/load.ts --grow bytes --plot bytes.svg                cost a delivery along rising values
  *
  * `--help` lists the flags. Exit code: 0 all well; 1 a delivery was lost, doubled, out of order or astray, or the server
  * closed a socket or refused something; 2 the run could not be made.
@@ -27,7 +27,7 @@ import type { Socket } from "bun";
 
 // ---------------------------------------------------------------- Options
 
-const HELP = `bun run ops/load.ts [flags]
+const HELP = `bun run ops/load/load.ts [flags]
 
 what to load
   --url ws://…         a relay that runs already; without it one is started as a child, its limits off
@@ -224,7 +224,7 @@ function parseOptions(argv: string[]): Options | "help" {
 
 class UsageError extends Error {}
 
-const SERVER = `"${process.execPath}" run "${join(import.meta.dir, "../server.ts")}"`;
+const SERVER = `"${process.execPath}" run "${join(import.meta.dir, "../../server.ts")}"`;
 
 // ---------------------------------------------------------------- Wire
 

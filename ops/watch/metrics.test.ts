@@ -1,8 +1,8 @@
 /** The numbers on `/metrics` after traffic that the test knows, and their form as Prometheus reads it. */
 import { describe, expect, test } from "bun:test";
-import { version } from "../package.json" with { type: "json" };
-import type { Config, RelayHandle } from "../server.ts";
-import { Client, TestClock, testRelay } from "./testing.ts";
+import { version } from "../../package.json" with { type: "json" };
+import type { Config, RelayHandle } from "../../server.ts";
+import { Client, TestClock, testRelay } from "../shared/testing.ts";
 
 type Labels = Record<string, string>;
 type Series = { name: string; labels: Labels; value: number };

@@ -1,5 +1,5 @@
 /**
- * Checks the Grafana dashboard without a Grafana: `bun run ops/dashboard.ts [--draw FILE.png]`.
+ * Checks the Grafana dashboard without a Grafana: `bun run ops/watch/dashboard.ts [--draw FILE.png]`.
  *
  * Its form is checked against what Grafana's import needs. Its queries are put to a real Prometheus (Debian's package) that
  * scrapes two relays with traffic: each must give numbers, whether the labels `instance` and `region` are the relay's own,
@@ -8,10 +8,10 @@
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import type { RelayHandle } from "../server.ts";
-import { openPage } from "./browser.ts";
-import { readFlags } from "./flags.ts";
-import { Client, testRelay } from "./testing.ts";
+import type { RelayHandle } from "../../server.ts";
+import { openPage } from "../shared/browser.ts";
+import { readFlags } from "../shared/flags.ts";
+import { Client, testRelay } from "../shared/testing.ts";
 
 type Place = { x: number; y: number; w: number; h: number };
 type Threshold = { color: string; value: number | null };
@@ -41,7 +41,7 @@ export type Dashboard = {
 };
 
 /** The dashboard as it is in the file. */
-export const readDashboard = (): Promise<Dashboard> => Bun.file(new URL("grafana-dashboard.json", import.meta.url)).json();
+export const readDashboard = (): Promise<Dashboard> => Bun.file(new URL("../grafana-dashboard.json", import.meta.url)).json();
 
 const isRow = (panel: Panel): boolean => panel.type === "row";
 
@@ -458,7 +458,7 @@ export function drawPage({ title, panels, templating }: Dashboard, answers: Answ
 }
 
 async function main(): Promise<void> {
-  const { draw: file } = readFlags("bun run ops/dashboard.ts [--draw FILE.png]", { draw: { type: "string" } });
+  const { draw: file } = readFlags("bun run ops/watch/dashboard.ts [--draw FILE.png]", { draw: { type: "string" } });
   if (whyNoPrometheus !== undefined) {
     console.error("needs Debian's prometheus: apt-get install prometheus");
     process.exit(1);

@@ -2,7 +2,7 @@
 import { expect, test } from "bun:test";
 import type { Dashboard, Panel } from "./dashboard.ts";
 import { drawPage, evaluate, faults, readDashboard, startPrometheus, whyNoPrometheus } from "./dashboard.ts";
-import { testRelay } from "./testing.ts";
+import { testRelay } from "../shared/testing.ts";
 
 const dashboard = await readDashboard();
 
@@ -54,9 +54,9 @@ test("each series of the relay is on the dashboard", async () => {
 
 test("the red line for memory is the alert's, and 80 % of the machine in fly.toml", async () => {
   const read = (name: string) => Bun.file(new URL(name, import.meta.url)).text();
-  const { vm } = Bun.TOML.parse(await read("../fly.toml")) as { vm: { memory: string }[] };
+  const { vm } = Bun.TOML.parse(await read("../../fly.toml")) as { vm: { memory: string }[] };
   const [, mebibytes] = /^(\d+)mb$/.exec(vm[0]?.memory ?? "") ?? [];
-  const [, inAlert] = /process_resident_memory_bytes > 0\.8 \* (\d+) \* 1024 \* 1024 /.exec(await read("alerts.yml")) ?? [];
+  const [, inAlert] = /process_resident_memory_bytes > 0\.8 \* (\d+) \* 1024 \* 1024 /.exec(await read("../alerts.yml")) ?? [];
   const steps = dashboard.panels.find(({ title }) => title === "Memory")?.fieldConfig?.defaults.thresholds?.steps;
   expect(inAlert).toBe(mebibytes as string);
   expect(steps?.at(-1)).toEqual({ color: "red", value: 0.8 * Number(mebibytes) * 1024 * 1024 });

@@ -11,7 +11,7 @@ function run(...args: string[]): { exitCode: number; says: string } {
 
 describe.skipIf(promtool === null)("alerts (need promtool of Debian's prometheus)", () => {
   test("are rules that Prometheus takes", () => {
-    expect(run("check", "rules", "alerts.yml")).toEqual({
+    expect(run("check", "rules", "../alerts.yml")).toEqual({
       exitCode: 0,
       says: expect.stringContaining("SUCCESS"),
     });
@@ -27,7 +27,7 @@ describe.skipIf(promtool === null)("alerts (need promtool of Debian's prometheus
 
 test("each alert has a case in which it sounds", async () => {
   const read = async (name: string) => Bun.YAML.parse(await Bun.file(`${import.meta.dir}/${name}`).text());
-  const { groups } = (await read("alerts.yml")) as { groups: { rules: { alert: string }[] }[] };
+  const { groups } = (await read("../alerts.yml")) as { groups: { rules: { alert: string }[] }[] };
   const { tests } = (await read("alerts.test.yml")) as {
     tests: { alert_rule_test: { alertname: string; exp_alerts?: object[] }[] }[];
   };
