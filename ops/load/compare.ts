@@ -16,7 +16,7 @@ export async function measure(targets: Target[], scenario: Scenario, runs: numbe
 }
 
 /** One run on one target. @throws if it can't be made, with the target's name */
-export async function measureOnce(target: Target, scenario: Scenario, progress: Progress): Promise<Result> {
+async function measureOnce(target: Target, scenario: Scenario, progress: Progress): Promise<Result> {
   let server: Server | undefined;
   try {
     server = await Server.start(target, scenario);
@@ -45,7 +45,10 @@ const BYTES_A_MEMBER: Figure = {
   of: ({ serverBytes }) => serverBytes?.perMember ?? null,
 };
 const SECONDS_TO_REJOIN: Figure = { name: "seconds until all had joined", of: ({ flap }) => flap?.seconds ?? null };
-const COLD: Figure = { name: "server CPU a delivery, the first second by the last", of: (result) => coldStart(result)?.ratio ?? null };
+const COLD: Figure = {
+  name: "server CPU a delivery, the first second by the last",
+  of: (result) => coldStart(result)?.ratio ?? null,
+};
 
 /** The figures by which runs are compared, the most important first. */
 export function figuresOf({ mode, cpu }: Scenario, cold = false): [Figure, ...Figure[]] {
@@ -72,27 +75,28 @@ export function median(values: (number | null)[]): number | null {
   return (low + high) / 2;
 }
 
-/** One attempt of `carry`. `p99Ms` is undefined if the run couldn't be made. */
-export type Step = { rooms: number; p99Ms: number | undefined; carried: boolean };
+/** One attempt of `carry`. `p99Ms` is the median of its runs; null if they couldn't be made. */
+export type Step = { rooms: number; p99Ms: number | null; carried: boolean; runs: Result[] };
 
 /**
  * The most rooms with which all is well and the p99 stays below a limit: twice as many until that fails, then halfway between what
- * was carried and what was not, down to a tenth of it.
- * @param measureAt runs with so many rooms @param onStep is told of each run
+ * was carried and what was not, until they differ by a tenth.
+ * @param measureAt runs with so many rooms, any number of times @param onStep is told of each attempt
  */
 export async function carry(
   limitMs: number,
   most: number,
-  measureAt: (rooms: number) => Promise<Result>,
-  onStep: (step: Step) => void,
+  measureAt: (rooms: number) => Promise<Result[]>,
+  onStep: (step: Step) => void = () => {},
 ): Promise<{ rooms: number; steps: Step[] }> {
   const steps: Step[] = [];
   const isCarried = async (rooms: number): Promise<boolean> => {
-    const result = await measureAt(rooms).catch(() => undefined); // so overloaded that not even all could join
-    const p99Ms = result?.latencyMs.p99;
-    const carried = result !== undefined && result.ok && result.latencyMs.p99 < limitMs;
-    steps.push({ rooms, p99Ms, carried });
-    onStep(steps.at(-1) as Step);
+    const runs = await measureAt(rooms).catch(() => []); // so overloaded that not even all could join
+    const p99Ms = median(runs.map(P99.of));
+    const carried = p99Ms !== null && p99Ms < limitMs && runs.every(({ ok }) => ok);
+    const step = { rooms, p99Ms, carried, runs };
+    steps.push(step);
+    onStep(step);
     return carried;
   };
   let carried = 0;

@@ -2,7 +2,7 @@
 import { describe, expect, test } from "bun:test";
 import { join } from "node:path";
 import type { ServerWebSocket } from "bun";
-import { plotSvg } from "./load.ts";
+import { plotSvg } from "./plot.ts";
 
 const FLOOR = `"${process.execPath}" run "${join(import.meta.dir, "floor.ts")}"`;
 

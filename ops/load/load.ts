@@ -24,10 +24,11 @@
  * `compare.ts` several; `report.ts` and `progress.ts` the output.
  */
 import { readFlags } from "../shared/flags.ts";
-import { carry, figuresOf, measure, measureOnce, median } from "./compare.ts";
+import { carry, coldStart, figuresOf, measure, median } from "./compare.ts";
 import { Flags, type Scenario, SHARED_FLAGS, SHARED_HELP, type Target } from "./options.ts";
-import { figure, milliseconds, Progress } from "./progress.ts";
-import { comparison, describe, machine, notes, ratioOf, report } from "./report.ts";
+import { milliseconds, Progress } from "./progress.ts";
+import { comparison, describe, machine, notes, ratioOf, report, roomsText } from "./report.ts";
+import type { Result } from "./run.ts";
 import { pinned, pinTool } from "./target.ts";
 import { MAX_MEMBERS } from "./wire.ts";
 
@@ -80,7 +81,7 @@ function readOptions(): Options {
     carry: { type: "string" },
   });
   const read = new Flags(USAGE);
-  const { game, connect, idle, flap, cpu, rival, series = false, cold = false, carry, json = false } = flags;
+  const { vs, game, connect, idle, flap, cpu, rival, series = false, cold = false, carry, json = false } = flags;
   /** Ends the process if flags are given that have no meaning beside another. */
   const excludes = (flag: string, ...others: (keyof typeof flags)[]) => {
     const other = others.find((each) => flags[each] !== undefined);
@@ -92,7 +93,7 @@ function readOptions(): Options {
   if (mode !== "traffic") excludes(mode, "game", "cold", "carry");
   if (game !== undefined) excludes("game", "senders", "rate", "targeted");
   if (cold) excludes("cold", "warmup", "url", "carry");
-  if (carry !== undefined) excludes("carry", "rooms", "runs", "series");
+  if (carry !== undefined) excludes("carry", "rooms", "series");
   if (cpu !== undefined) excludes("cpu", "url");
   if (rival !== undefined) excludes("rival", "url");
 
@@ -109,8 +110,9 @@ function readOptions(): Options {
   if (targets.some(({ url }) => url !== undefined) && (cpu !== undefined || rival !== undefined || cold))
     read.fault("--cpu, --rival and --cold need servers that this tool starts");
   if (rival !== undefined && !pinned(targets)) read.fault("--rival needs two cores and taskset");
-  const carryMs = carry === undefined ? undefined : read.amount("carry", carry, 0.1);
-  return { scenario, targets, runs: read.runs(flags), series, cold, carryMs, json };
+  const carryMs = carry === undefined ? undefined : read.amount("carry", carry, 0);
+  const runs = read.runs(flags, vs !== undefined && carry === undefined ? 3 : 1);
+  return { scenario, targets, runs, series, cold, carryMs, json };
 }
 
 /** Runs the scenario on one target or two and prints what was found; gives whether all runs were well. */
@@ -120,9 +122,15 @@ async function runAndPrint({ targets, scenario, runs, series, cold, json }: Opti
   if (json) {
     const [{ name, of }] = figuresOf(scenario, cold);
     const medians = results.map((each) => median(each.map(of)));
-    const withNotes = results.map((each) => each.map((result) => ({ ...result, notes: notes(result, scenario) })));
-    const [result] = withNotes.flat();
-    const found = all.length === 1 ? { result } : { headline: name, medians, ratio: ratioOf(medians), results: withNotes };
+    const full = (result: Result) => ({
+      ...result,
+      ...(cold && { cold: coldStart(result) }),
+      notes: notes(result, scenario),
+    });
+    const found =
+      all.length === 1
+        ? { result: full(all[0] as Result) }
+        : { headline: name, medians, ratio: ratioOf(medians), results: results.map((each) => each.map(full)) };
     console.log(JSON.stringify({ machine: machine(targets), scenario, ...found }, null, 2));
   } else {
     console.log(`${machine(targets)}\n${describe(scenario)}`);
@@ -132,26 +140,23 @@ async function runAndPrint({ targets, scenario, runs, series, cold, json }: Opti
   return all.every(({ ok }) => ok);
 }
 
-/** Finds how many rooms each target carries, and prints it. */
-async function carryAndPrint({ targets, scenario, json }: Options, limitMs: number): Promise<boolean> {
+/** Finds how many rooms each target carries, and prints it; gives whether each carries any. */
+async function carryAndPrint({ targets, scenario, runs, json }: Options, limitMs: number): Promise<boolean> {
   const progress = new Progress();
+  const most = Math.floor(MAX_MEMBERS / scenario.clients);
+  const say = (text: string) => json || console.log(text);
   const found = [];
-  if (!json) console.log(`${machine(targets)}\n${describe({ ...scenario, rooms: 1 })}`);
+  say(`${machine(targets)}\nFrom ${describe({ ...scenario, rooms: 1 })}`);
   for (const target of targets) {
-    progress.prefix = `${target.name}: `;
-    if (!json) console.log(`\n${target.name}`);
-    const most = Math.floor(MAX_MEMBERS / scenario.clients);
-    const carried = await carry(
-      limitMs,
-      most,
-      (rooms) => measureOnce(target, { ...scenario, rooms }, progress),
-      ({ rooms, p99Ms, carried }) => {
-        const p99 = p99Ms === undefined ? "not all could join" : `p99 ${milliseconds(p99Ms)} ms`;
-        if (!json) console.log(`  ${figure(rooms)} rooms: ${p99}${carried ? "" : ", too much"}`);
-      },
-    );
+    say(`\n${target.name}`);
+    const measureAt = async (rooms: number) => (await measure([target], { ...scenario, rooms }, runs, progress)).flat();
+    const carried = await carry(limitMs, most, measureAt, ({ rooms, p99Ms, carried, runs }) => {
+      const p99 = p99Ms === null ? "not all could join" : `p99 ${milliseconds(p99Ms)} ms`;
+      say(`  ${roomsText(rooms)}: ${p99}${carried ? "" : ", too much"}`);
+      for (const note of runs.flatMap((run) => notes(run, scenario))) say(`    Note: ${note}.`);
+    });
     found.push({ target: target.name, ...carried });
-    if (!json) console.log(`  carries ${figure(carried.rooms)} rooms with a p99 below ${limitMs} ms`);
+    say(`  carries ${roomsText(carried.rooms)} with a p99 below ${limitMs} ms`);
   }
   if (json) console.log(JSON.stringify({ machine: machine(targets), scenario, limitMs, carried: found }, null, 2));
   return found.every(({ rooms }) => rooms > 0);

@@ -168,9 +168,9 @@ export class Flags {
     return [first, runs ? { name, url: name, pid: process("vs-pid", vsPid) } : { name, command: name }];
   }
 
-  /** Runs of each server. */
-  runs({ runs, vs }: SharedFlags): number {
-    return this.count("runs", String(runs ?? (vs === undefined ? 1 : 3)), 1);
+  /** Runs of each server. @param usual how many, unless the flag says */
+  runs({ runs }: SharedFlags, usual: number): number {
+    return this.count("runs", String(runs ?? usual), 1);
   }
 
   /** The scenario that the shared flags say. @param mode decides what is the least @param defaults for those that weren't given */

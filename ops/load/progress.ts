@@ -3,8 +3,7 @@
 /** The ways in which figures are written. */
 export const thousands = (value: number) => Math.round(value).toLocaleString("en-US");
 export const milliseconds = (value: number) => (value < 10 ? value.toFixed(2) : value.toFixed(1));
-export const figure = (value: number | null) =>
-  value === null ? "n/a" : Number(value.toPrecision(3)).toLocaleString("en-US");
+export const figure = (value: number | null) => (value === null ? "n/a" : Number(value.toPrecision(3)).toLocaleString("en-US"));
 export const percent = (share: number | null) => (share === null ? "n/a" : `${(share * 100).toFixed(1)} %`);
 
 export class Progress {

@@ -27,10 +27,12 @@ export function machine(targets: Target[]): string {
   return where.join(", ");
 }
 
+export const roomsText = (rooms: number) => (rooms === 1 ? "1 room" : `${thousands(rooms)} rooms`);
+
 /** The scenario in one line. */
 export function describe(scenario: Scenario): string {
   const { mode, rooms, idleRooms, clients, cpu, rival } = scenario;
-  const parts = [`${rooms + idleRooms} rooms of ${clients}`];
+  const parts = [`${roomsText(rooms + idleRooms)} of ${clients}`];
   if (idleRooms > 0) parts.push(`${rooms} of them busy`);
   if (mode === "connect") parts.push("connecting only");
   else if (mode === "idle") parts.push(`idle for ${scenario.seconds} s`);
@@ -50,7 +52,8 @@ function trafficText({ senders, rate, game, targeted, bytes, payload, phase, sec
   const rateText = (hz: number) => `${figure(hz)} a second`;
   if (game !== undefined)
     return [
-      `a host sends ${size} to all, ${rateText(game.host)}, the others to it, ${rateText(game.others)} each`,
+      `${size}: ${rateText(game.host)} from each host to all`,
+      `${rateText(game.others)} from each other to its host`,
       `phase ${phase}`,
       `${seconds} s`,
     ];

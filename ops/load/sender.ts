@@ -103,11 +103,13 @@ export class Sender {
   }
 }
 
+type Turn = { member: Member; atMs: number };
+
 /** A schedule that goes round and round: whose turn it is, and when. */
 class Due {
   at = 0;
   member!: Member;
-  readonly #turns: { member: Member; atMs: number }[];
+  readonly #turns: Turn[];
   readonly #intervalMs: number;
   #begun: number;
   #turn = -1;
@@ -124,7 +126,7 @@ class Due {
       this.#turn = 0;
       this.#begun += this.#intervalMs;
     }
-    const { member, atMs } = this.#turns[this.#turn] as Due["#turns"][number];
+    const { member, atMs } = this.#turns[this.#turn] as Turn;
     this.member = member;
     this.at = this.#begun + atMs;
   }
