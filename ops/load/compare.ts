@@ -79,8 +79,8 @@ export function median(values: (number | null)[]): number | null {
 export type Step = { rooms: number; p99Ms: number | null; carried: boolean; runs: Result[] };
 
 /**
- * The most rooms with which all is well and the p99 stays below a limit: twice as many until that fails, then halfway between what
- * was carried and what was not, until they differ by a tenth.
+ * The most rooms with which all is well and the p99 stays below a limit: twice as many until that fails, then halfway between
+ * what was carried and what was not, until they differ by a tenth.
  * @param measureAt runs with so many rooms, any number of times @param onStep is told of each attempt
  */
 export async function carry(

@@ -12,8 +12,8 @@ export type Throttling = { periods: number; throttled: number; seconds: number }
 export type Hierarchy = { root: string; version: 1 | 2 };
 
 const HOW =
-  "it needs root on Linux, and in a container a writable /sys/fs/cgroup (docker run --privileged). Or limit the server yourself, for " +
-  "example with docker run --cpu-period=80000 --cpu-quota=5000, and give its address with --url";
+  "it needs root on Linux, and in a container a writable /sys/fs/cgroup (docker run --privileged). Or limit the server yourself, " +
+  "for example with docker run --cpu-period=80000 --cpu-quota=5000, and give its address with --url";
 
 const groups = new Set<CpuGroup>();
 // The shared module that runs processes has killed them by then: it is imported, and so listens, before.

@@ -1,6 +1,6 @@
 /**
- * How the cost of a delivery grows: the same traffic with more members a room, more rooms, larger messages, or more silent sockets
- * beside it; a run for each of some rising values, and a plot of them.
+ * How the cost of a delivery grows: the same traffic with more members a room, more rooms, larger messages, or more silent
+ * sockets beside it; a run for each of some rising values, and a plot of them.
  *
  *     bun run growth clients --plot clients.svg
  *     bun run growth bytes --seconds 2 --vs "bun run ops/load/floor.ts"

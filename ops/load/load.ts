@@ -1,7 +1,7 @@
 /**
  * The load tool: how much does this machine carry, at what latency, for how much CPU, and was anything lost?
  *
- *     bun run load                                                    a relay of its own, 100 rooms of 8, one member sends 60 times a second
+ *     bun run load                                                    a relay of its own, 100 rooms of 8, one sender at 60 Hz in each
  *     bun run load --url ws://localhost:3000 --rooms 10               a relay that runs already (--pid for its CPU and memory)
  *     bun run load --game 30/10                                       a host 30 times a second to all, the others 10 times to it
  *     bun run load --senders all --rooms 50 --phase random            a party: everybody sends, each at a moment of its own
@@ -19,9 +19,9 @@
  * sequence number, send time. A delivery is read from the bytes as they arrive, no JSON parsed. If there are two cores and
  * `taskset`, the server has core 0 and the tool core 1.
  *
- * Its parts: `options.ts` what is asked for; `wire.ts` frames and headers; `traffic.ts` who sends what to whom and when; `members.ts`
- * connections; `sender.ts`; `ledger.ts` what arrived; `target.ts` and `cpu-group.ts` the server and its share of a core; `run.ts` one run;
- * `compare.ts` several; `report.ts` and `progress.ts` the output.
+ * Its parts: `options.ts` what is asked for; `wire.ts` frames and headers; `traffic.ts` who sends what to whom and when;
+ * `members.ts` their connections; `sender.ts`; `ledger.ts` what arrived; `target.ts` and `cpu-group.ts` the server and its share
+ * of a core; `run.ts` one run; `compare.ts` several; `report.ts` and `progress.ts` the output.
  */
 import { readFlags } from "../shared/flags.ts";
 import { carry, coldStart, figuresOf, measure, median } from "./compare.ts";

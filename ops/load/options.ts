@@ -103,7 +103,7 @@ export type SharedFlags = { [name in keyof typeof SHARED_FLAGS]?: string | boole
 
 const SERVER = `"${process.execPath}" run "${join(ROOT, "server.ts")}"`;
 
-/** Reads flags; ends the process where one is wrong, and says which. */
+/** Reads flags; ends the process if one is wrong, and says which. */
 export class Flags {
   constructor(readonly usage: string) {}
 
@@ -173,7 +173,7 @@ export class Flags {
     return this.count("runs", String(runs ?? usual), 1);
   }
 
-  /** The scenario that the shared flags say. @param mode decides what is the least @param defaults for those that weren't given */
+  /** The scenario that the shared flags say. @param mode decides how few members will do @param defaults of some flags */
   scenario(flags: SharedFlags, mode: Scenario["mode"] = "traffic", defaults: SharedFlags = {}): Scenario {
     const usual = { rooms: "100", clients: "8", senders: "1", rate: "60", payload: "object", window: "0", phase: "even" };
     const text = (name: keyof SharedFlags) =>

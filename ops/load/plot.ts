@@ -3,7 +3,7 @@
 /** A named line through points. */
 export type Curve = { name: string; points: [x: number, y: number][] };
 
-/** A plot as SVG: x logarithmic with a label at each value; y from 0, or logarithmic if the highest is over ten times the lowest. */
+/** A plot as SVG: x logarithmic, a label at each value; y from 0, or logarithmic if the highest is over ten times the lowest. */
 export function plotSvg(title: string, subtitle: string, xLabel: string, yLabel: string, curves: Curve[]): string {
   const [width, height] = [760, 440];
   const [left, right, top, bottom] = [70, 736, 76, 384]; // the axes' box

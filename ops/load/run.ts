@@ -106,8 +106,9 @@ export class Run {
     }
     this.#ledger.takeLatency();
     const before = this.read();
-    const { series, latency } = lasts ? await this.#secondBySecond(before, seconds) : { series: [], latency: new Histogram() };
-    const after = this.read();
+    const { series, latency, after } = lasts
+      ? await this.#secondBySecond(before, seconds)
+      : { series: [], latency: new Histogram(), after: before };
     const atEnd = this.#server.residentBytes();
     this.#sender.stop();
     this.#server.lift(); // what is late arrives all the same, and sooner
@@ -171,8 +172,8 @@ export class Run {
     return { members, seconds, cpuMicrosPerMember: serverCpuMicros === null ? null : serverCpuMicros / members };
   }
 
-  /** Measures for so long, with quota and rival when they are wanted. */
-  async #secondBySecond(first: Reading, seconds: number): Promise<{ series: Stretch[]; latency: Histogram }> {
+  /** Measures for so long, with quota and rival when they are wanted. `after` is the last reading. */
+  async #secondBySecond(first: Reading, seconds: number): Promise<{ series: Stretch[]; latency: Histogram; after: Reading }> {
     const { cpu, rival } = this.#scenario;
     const competitor = new Rival();
     const timers = [
@@ -181,8 +182,8 @@ export class Run {
     ];
     const series: Stretch[] = [];
     const latencies: Histogram[] = [];
+    let before = first;
     try {
-      let before = first;
       for (let second = 1; second - 1 < seconds; second++) {
         await this.#wait("running", Math.min(second, seconds), first.atMs, seconds);
         const after = this.read();
@@ -195,7 +196,7 @@ export class Run {
       timers.forEach(clearTimeout);
       await competitor.stop();
     }
-    return { series, latency: Histogram.sum(latencies) };
+    return { series, latency: Histogram.sum(latencies), after: before };
   }
 
   /** Waits until so many seconds have passed since `startMs`; `all` is what the bar shows as full. */

@@ -8,8 +8,8 @@ import type { Schedule, Traffic } from "./traffic.ts";
 import { dataText, HEADER, microsNow, putHeader, textFrame } from "./wire.ts";
 
 /**
- * To send what is due when it is due: players don't send in bunches of a millisecond. It takes a whole core, so where the server
- * needs that one too, a look each millisecond has to do.
+ * Whether it looks without a pause for what is due, so that it goes out on time: players don't send in bunches of a millisecond.
+ * That takes a whole core. If there is only one, which the server needs too, a look each millisecond has to do.
  */
 export const SPINS = availableParallelism() > 1;
 

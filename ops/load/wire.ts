@@ -114,8 +114,8 @@ export const PING = 9;
 export const PONG = 10;
 
 /**
- * A client's frame, masked with key zero. That is legal, and it leaves the payload readable: a message costs filling in its header
- * in place, which a frame with a real mask doesn't allow.
+ * A client's frame, masked with key zero. That is legal, and it leaves the payload readable: a message costs filling in its
+ * header in place, which a frame with a real mask doesn't allow.
  */
 export function plainFrame(opcode: number, payload: Uint8Array): Buffer {
   const size = payload.length;
