@@ -15,7 +15,7 @@ export type Joining = { members: number; seconds: number; cpuMicrosPerMember: nu
 
 export type Latencies = { p50: number; p90: number; p99: number; p999: number; max: number };
 
-/** What happened in one second of the measured time, or in all of it. */
+/** What happened in one second of the measured time, or in all of it; in all of the run if it only connects. */
 export type Stretch = {
   seconds: number;
   messages: number;
@@ -95,6 +95,7 @@ export class Run {
     const { mode, seconds, warmup, flap } = this.#scenario;
     const lasts = mode === "traffic" || mode === "idle";
     const members = this.#members.all.length;
+    const begun = this.read();
     const atStart = this.#server.residentBytes();
     const connect = await this.#join(members, () => this.#members.connect(this.#progress));
     const connected = this.#server.residentBytes();
@@ -105,10 +106,10 @@ export class Run {
       await this.#wait("warming up", warmup);
     }
     this.#ledger.takeLatency();
-    const before = this.read();
+    const before = lasts ? this.read() : begun;
     const { series, latency, after } = lasts
       ? await this.#secondBySecond(before, seconds)
-      : { series: [], latency: new Histogram(), after: before };
+      : { series: [], latency: new Histogram(), after: this.read() };
     const atEnd = this.#server.residentBytes();
     this.#sender.stop();
     this.#server.lift(); // what is late arrives all the same, and sooner
