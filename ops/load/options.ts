@@ -99,7 +99,21 @@ export const SHARED_FLAGS = {
 } as const satisfies ParseArgsOptionsConfig;
 
 /** Flags as they were given. */
-export type SharedFlags = { [name in keyof typeof SHARED_FLAGS]?: string | boolean };
+export type SharedFlags = {
+  [name in keyof typeof SHARED_FLAGS]?: (typeof SHARED_FLAGS)[name]["type"] extends "boolean" ? boolean : string;
+};
+
+const DEFAULTS = {
+  rooms: "100",
+  clients: "8",
+  senders: "1",
+  rate: "60",
+  payload: "object",
+  window: "0",
+  phase: "even",
+  seconds: "10",
+  warmup: "1",
+};
 
 const SERVER = `"${process.execPath}" run "${join(ROOT, "server.ts")}"`;
 
@@ -149,56 +163,51 @@ export class Flags {
   cpu(text: string): NonNullable<Scenario["cpu"]> {
     const [quota = "", spans, ...more] = text.split("@");
     if (more.length > 0) this.fault("--cpu must be RUN/PERIOD or RUN/PERIOD@FROM-TO");
-    const [run, period] = this.pair("cpu", quota, 1).map((ms) => ms * 1000) as [number, number];
+    const [run, period] = this.pair("cpu", quota, 1).map((ms) => Math.round(ms * 1000)) as [number, number];
     if (period > 1_000_000) this.fault("--cpu takes periods of at most 1000 ms");
     return { quota: { runMicros: run, periodMicros: period }, spans: spans === undefined ? undefined : this.spans("cpu", spans) };
   }
 
   /** The servers that the shared flags name. */
   targets({ url, server, pid, vs, "vs-pid": vsPid }: SharedFlags): Target[] {
-    const process = (flag: string, text: unknown) => (text === undefined ? undefined : this.count(flag, String(text), 1));
     if (url !== undefined && server !== undefined) this.fault("--url and --server exclude each other");
-    const first: Target =
-      url === undefined
-        ? { name: String(server ?? "server.ts"), command: String(server ?? SERVER) }
-        : { name: String(url), url: String(url), pid: process("pid", pid) };
+    const running = (address: string, flag: string, id: string | undefined): Target => {
+      return { name: address, url: address, pid: id === undefined ? undefined : this.count(flag, id, 1) };
+    };
+    const first = url === undefined ? { name: server ?? "server.ts", command: server ?? SERVER } : running(url, "pid", pid);
     if (vs === undefined) return [first];
-    const name = String(vs);
-    const runs = /^(ws|http)s?:/.test(name);
-    return [first, runs ? { name, url: name, pid: process("vs-pid", vsPid) } : { name, command: name }];
+    return [first, /^(ws|http)s?:/.test(vs) ? running(vs, "vs-pid", vsPid) : { name: vs, command: vs }];
   }
 
   /** Runs of each server. @param usual how many, unless the flag says */
   runs({ runs }: SharedFlags, usual: number): number {
-    return this.count("runs", String(runs ?? usual), 1);
+    return runs === undefined ? usual : this.count("runs", runs, 1);
   }
 
   /** The scenario that the shared flags say. @param mode decides how few members will do @param defaults of some flags */
   scenario(flags: SharedFlags, mode: Scenario["mode"] = "traffic", defaults: SharedFlags = {}): Scenario {
-    const usual = { rooms: "100", clients: "8", senders: "1", rate: "60", payload: "object", window: "0", phase: "even" };
-    const text = (name: keyof SharedFlags) =>
-      String(flags[name] ?? defaults[name] ?? { ...usual, seconds: "10", warmup: "1" }[name as keyof typeof usual]);
-    const rooms = this.count("rooms", text("rooms"), 1);
-    const clients = this.count("clients", text("clients"), mode === "traffic" ? 2 : 1);
+    const text = { ...DEFAULTS, ...defaults, ...flags };
+    const rooms = this.count("rooms", text.rooms, 1);
+    const clients = this.count("clients", text.clients, mode === "traffic" ? 2 : 1);
     if (rooms * clients > MAX_MEMBERS) this.fault(`--rooms times --clients must be at most ${MAX_MEMBERS}`);
-    const senders = text("senders") === "all" ? ("all" as const) : this.count("senders", text("senders"), 1);
+    const senders = text.senders === "all" ? ("all" as const) : this.count("senders", text.senders, 1);
     if (senders !== "all" && senders > clients) this.fault("--senders must be at most --clients");
-    const payload = this.oneOf("payload", text("payload"), PAYLOADS);
+    const payload = this.oneOf("payload", text.payload, PAYLOADS);
     return {
       mode,
       rooms,
       idleRooms: 0,
       clients,
       senders,
-      rate: this.amount("rate", text("rate"), 0),
+      rate: this.amount("rate", text.rate, 0),
       game: undefined,
-      targeted: flags.targeted === true,
-      bytes: flags.bytes === undefined ? undefined : this.count("bytes", String(flags.bytes), leastBytes(payload)),
+      targeted: text.targeted === true,
+      bytes: text.bytes === undefined ? undefined : this.count("bytes", text.bytes, leastBytes(payload)),
       payload,
-      window: this.count("window", text("window"), 0),
-      phase: this.oneOf("phase", text("phase"), PHASES),
-      seconds: this.amount("seconds", text("seconds"), 0.1),
-      warmup: this.amount("warmup", text("warmup"), 0),
+      window: this.count("window", text.window, 0),
+      phase: this.oneOf("phase", text.phase, PHASES),
+      seconds: this.amount("seconds", text.seconds, 0.1),
+      warmup: this.amount("warmup", text.warmup, 0),
       flap: 0,
       cpu: undefined,
       rival: [],
