@@ -1,9 +1,7 @@
 /**
- * A client for a party-sockets relay that never gives up, in one file for you to copy into your game. It keeps its
- * slot through reloads, sleep and lost networks:
+ * A client for a party-sockets relay, to copy into your game. It keeps its slot through reloads, sleep and lost networks:
  *     const party = connect<FromHost, FromGuest>({ url: "wss://relay.example", room: "K7bQx2" });
  *     party.on("message", ({ from, data }) => draw(from, data));
- *     party.on("status", ({ state, reason }) => show(state, reason));
  *     party.send({ x: 1, y: 2 }, { to: 0 });
  * Data comes from peers, and nobody checks that it is of your types: check its shape, and show it as text, never as HTML.
  */
@@ -30,16 +28,10 @@ export type ErrorCode =
   | ("bad_json" | "bad_request" | "unknown_type" | "already_in_room" | "not_in_room" | "not_host" | "state_too_large")
   | ("room_not_found" | "room_full" | "room_locked" | "kicked" | "claim_not_found" | "peer_not_found" | "peer_away")
   | ("draining" | "capacity" | "too_many_attempts");
-/** With what the relay closes a socket. */
-export const CloseCode = {
-  TOO_MANY_ATTEMPTS: 1008,
-  INTERNAL_ERROR: 1011,
-  RESTARTING: 1012,
-  SERVER_FULL: 1013,
-  REPLACED: 4000,
-  ROOM_CLOSED: 4001,
-  KICKED: 4002,
-} as const;
+const FINAL = { REPLACED: 4000, ROOM_CLOSED: 4001, KICKED: 4002 } as const;
+const PASSING = { TOO_MANY_ATTEMPTS: 1008, INTERNAL_ERROR: 1011, RESTARTING: 1012, SERVER_FULL: 1013 } as const;
+/** With what the relay closes a socket: for good, or until it is tried again. */
+export const CloseCode = { ...FINAL, ...PASSING } as const;
 
 /** What a member may send; entering a room is the client's own business. */
 export type Command = Exclude<ClientMessage, { type: "create" | "join" }>;
@@ -62,7 +54,7 @@ export type Events<Incoming = unknown> = { [M in ServerMessage<Incoming> as M["t
   answer: { from: number; id: string; data: unknown }; // for `ask`
 };
 /** What the promises of this client reject with. */
-export type Failure = Error & { code: NonNullable<Status["code"]> | "deadline" | "not_sent" };
+export type Failure = Error & { code: NonNullable<Status["code"]> | "deadline" };
 export type SendOptions = { to?: number | number[] | undefined; echo?: boolean | undefined; keepMs?: number | undefined };
 export type Options = {
   /** The relay: ws, wss, http or https. */
@@ -93,7 +85,6 @@ const ANSWER_MS = 5_000; // for another member to answer
 const QUEUE = 10; // commands kept while away
 const TALK = "party-sockets"; // questions and answers are plain sends of {"party-sockets": "ask" or "answer", id, data}
 const LOST = 1006; // what a browser calls a connection that ended without a close frame
-const TERMINAL: readonly unknown[] = [CloseCode.REPLACED, CloseCode.ROOM_CLOSED, CloseCode.KICKED];
 /** Shortest and longest wait in ms where the relay asks for patience, by close code or code of a refusal. */
 const PATIENCE: Record<string | number, [number, number] | undefined> = {
   [CloseCode.TOO_MANY_ATTEMPTS]: [30_000, 35_000],
@@ -109,8 +100,7 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   const { Date, Math, performance, setTimeout, clearTimeout, document, window } = env;
   let { storage } = options;
   const key = `party:${url}`;
-  type Saved = { clientId: string; room?: string; instance?: string; created?: boolean };
-  const saved: Saved = { clientId: randomId() };
+  const saved: { clientId: string; room?: string; instance?: string; created?: boolean } = { clientId: randomId() };
   try {
     Object.assign(saved, JSON.parse((storage ??= env.sessionStorage)?.getItem(key) ?? "{}"));
   } catch {} // a browser that blocks site data: the slot lasts as long as the page
@@ -215,7 +205,7 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
     socket = pinged = undefined; // not waited for: a dead one may take minutes to say that it closed
   }
   function lost(code: NonNullable<Status["code"]>, reason: string): void {
-    if (TERMINAL.includes(code)) return end(code, reason);
+    if (Object.values<unknown>(FINAL).includes(code)) return end(code, reason);
     drop();
     const backoff = Math.min(BACKOFF_MAX_MS, BACKOFF_MS * 2 ** attempts++);
     const [min, max] = PATIENCE[code] ?? [backoff / 2, backoff];
@@ -224,7 +214,6 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
     become({ state: "waiting", code, reason, retryMs });
   }
   function end(code: NonNullable<Status["code"]>, reason: string): void {
-    if (status.state === "closed") return;
     drop();
     ended.abort();
     if (code !== CloseCode.REPLACED && code !== "closed") enter(); // with those two the slot is still this client's
@@ -235,37 +224,37 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
     if (status.state === "open") ping();
     else if (status.state === "waiting" && !(status.code! in PATIENCE)) open();
   }
-  /** By the page's word there is no connection any more; what brings it back wakes this client. */
-  const interrupt = ({ type }: Event) => status.state !== "waiting" && lost(LOST, type);
+  const interrupt = ({ type }: Event) => status.state !== "waiting" && lost(LOST, type); // what brings it back wakes it
   /** Sends a message of any kind. @returns as `send` */
   function command(message: Command, keepMs = keptMs): boolean {
-    if (status.state === "open" && socket?.readyState === 1) return (transmit(message), true);
     queue = queue.filter(({ until }) => Date.now() < until);
-    if (status.state === "closed" || keepMs <= 0 || queue.length >= QUEUE) return false;
-    return queue.push({ message, until: Date.now() + keepMs }) > 0;
+    if (status.state === "open" && socket?.readyState === 1) transmit(message);
+    else if (status.state !== "closed" && keepMs > 0 && queue.length < QUEUE) queue.push({ message, until: Date.now() + keepMs });
+    else return false;
+    return true;
   }
   /** To everyone else, to the slots in `to`, or with `echo` to everyone in the same order. @returns as `command` */
   function send(data: Outgoing, { to, echo, keepMs }: SendOptions = {}): boolean {
-    // The relay is fastest where the members come in this order.
+    // The relay reads them fastest in this order.
     return command({ type: "send", ...(to !== undefined && { to }), data, ...(echo && { echo }) }, keepMs);
   }
-  const talk = (to: number, what: "ask" | "answer", id: string, data: unknown, keepMs?: number): boolean =>
-    send({ [TALK]: what, id, data } as Outgoing, { to, keepMs });
   /** Asks a member, who has to `answer`. Rejects at the deadline, and at once if that member is away. */
   async function ask<Answer = unknown>(to: number, data: Outgoing, { deadlineMs = ANSWER_MS } = {}): Promise<Answer> {
-    const id = randomId();
     if (status.state === "open" && !slots.get(to)) throw failure("peer_away", "That member is away");
-    if (!talk(to, "ask", id, data, deadlineMs)) throw failure("not_sent", "Not sent");
+    const id = randomId();
+    send({ [TALK]: "ask", id, data } as Outgoing, { to, keepMs: deadlineMs });
     return (await once("answer", (answer) => answer.id === id && answer.from === to, deadlineMs)).data as Answer;
   }
   /** Answers what others ask, with what `answerer` gives or resolves to. @returns what ends that */
   function answer(answerer: (data: Incoming, from: number) => unknown): () => void {
-    return on("ask", async ({ from, id, data }) => talk(from, "answer", id, await answerer(data, from)));
+    return on("ask", async ({ from: to, id, data }) => {
+      send({ [TALK]: "answer", id, data: await answerer(data, to) } as Outgoing, { to });
+    });
   }
   /** A token with which another device takes over this slot; for the host, any slot. A newer one replaces it. */
-  function offer(index = me): Promise<Events["slot_offer"]> {
+  function offer(index?: number): Promise<Events["slot_offer"]> {
     command({ type: "offer_slot", ...(index !== undefined && { index }) });
-    return once("slot_offer", (offer) => offer.index === index, ANSWER_MS);
+    return once("slot_offer", (offer) => offer.index === (index ?? me), ANSWER_MS);
   }
   /** The slots that were seen, ascending. */
   function members(): Member[] {
@@ -282,10 +271,8 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
     const offs: (() => void)[] = [];
     const event = new Promise<Events<Incoming>[T]>((resolve, reject) => {
       const closed = ({ state, code, reason }: Status) => state === "closed" && reject(failure(code!, reason!));
-      offs.push(
-        on(type, (event) => wanted(event) && resolve(event)),
-        on("status", closed),
-      );
+      offs.push(on(type, (event) => wanted(event) && resolve(event)));
+      offs.push(on("status", closed));
       if (deadlineMs !== undefined) setTimeout(() => reject(failure("deadline", "No answer in time")), deadlineMs);
       closed(status);
     });
@@ -294,17 +281,17 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   document?.addEventListener("visibilitychange", () => document.visibilityState !== "hidden" && wake(), ended);
   for (const event of ["online", "pageshow"]) window?.addEventListener(event, wake, ended);
   for (const event of ["offline", "pagehide"]) window?.addEventListener(event, interrupt, ended);
+  /** In the room for the first time. Rejects with a `Failure`, mostly the refusal. */
   const ready = once("status", ({ state }) => state === "open");
   ready.catch(() => {}); // who doesn't wait for it hears of it by `status`
   open();
   return {
-    ...{ on, once, send, command, ask, answer, offer, members, wake },
-    /** In the room for the first time. Rejects with a `Failure`, mostly the refusal. */
-    ready,
+    ...{ ready, on, once, send, command, ask, answer, offer, members, wake },
     status: () => status,
     room: () => saved.room,
     me: () => me,
     host: () => host,
+    /** The relay's time in ms since 1970, which is everybody's. */
     now: () => performance.now() + clock.offset,
     close: () => end("closed", "closed here"),
   };
