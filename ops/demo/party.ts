@@ -28,10 +28,9 @@ export type ErrorCode =
   | ("bad_json" | "bad_request" | "unknown_type" | "already_in_room" | "not_in_room" | "not_host" | "state_too_large")
   | ("room_not_found" | "room_full" | "room_locked" | "kicked" | "claim_not_found" | "peer_not_found" | "peer_away")
   | ("draining" | "capacity" | "too_many_attempts");
-const FINAL = { REPLACED: 4000, ROOM_CLOSED: 4001, KICKED: 4002 } as const;
-const PASSING = { TOO_MANY_ATTEMPTS: 1008, INTERNAL_ERROR: 1011, RESTARTING: 1012, SERVER_FULL: 1013 } as const;
-/** With what the relay closes a socket: for good, or until it is tried again. */
-export const CloseCode = { ...FINAL, ...PASSING } as const;
+const OVER = { REPLACED: 4000, ROOM_CLOSED: 4001, KICKED: 4002 } as const;
+/** With what the relay closes a socket. What is `OVER` isn't tried again. */
+export const CloseCode = { ...OVER, TOO_MANY_ATTEMPTS: 1008, INTERNAL_ERROR: 1011, RESTARTING: 1012, SERVER_FULL: 1013 } as const;
 
 /** What a member may send; entering a room is the client's own business. */
 export type Command = Exclude<ClientMessage, { type: "create" | "join" }>;
@@ -74,7 +73,7 @@ export type Options = {
   /** Where sockets, timers and the rest come from; tests pass their own. */
   env?: typeof globalThis | undefined;
 };
-export type Party<Incoming = unknown, Outgoing = unknown> = ReturnType<typeof connect<Incoming, Outgoing>>;
+export type Party<Incoming = any, Outgoing = any> = ReturnType<typeof connect<Incoming, Outgoing>>;
 
 const PING_MS = 5_000; // between an answer and the next ping
 const SILENT_MS = 4_000; // nothing heard for this long after a ping: the socket is half-open
@@ -126,8 +125,8 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
     Object.assign(saved, { room, instance, created });
     storage?.setItem(key, JSON.stringify(saved));
   }
-  const emit = <T extends keyof Events>(type: T, event: Events<Incoming>[T]): void =>
-    listeners.get(type)?.forEach((listener) => listener(event));
+  const emit = <T extends keyof Events>(type: T, event: Events<Incoming>[T]) =>
+    new Set(listeners.get(type)).forEach((listener) => listener(event)); // not those that it adds
   const become = (next: Status): void => emit("status", (status = next));
   const transmit = (message: ClientMessage): void => socket?.send(JSON.stringify(message));
   const silent = (): void => lost(LOST, "no answer");
@@ -205,7 +204,7 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
     socket = pinged = undefined; // not waited for: a dead one may take minutes to say that it closed
   }
   function lost(code: NonNullable<Status["code"]>, reason: string): void {
-    if (Object.values<unknown>(FINAL).includes(code)) return end(code, reason);
+    if (Object.values<unknown>(OVER).includes(code)) return end(code, reason);
     drop();
     const backoff = Math.min(BACKOFF_MAX_MS, BACKOFF_MS * 2 ** attempts++);
     const [min, max] = PATIENCE[code] ?? [backoff / 2, backoff];
@@ -281,12 +280,13 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   document?.addEventListener("visibilitychange", () => document.visibilityState !== "hidden" && wake(), ended);
   for (const event of ["online", "pageshow"]) window?.addEventListener(event, wake, ended);
   for (const event of ["offline", "pagehide"]) window?.addEventListener(event, interrupt, ended);
-  /** In the room for the first time. Rejects with a `Failure`, mostly the refusal. */
   const ready = once("status", ({ state }) => state === "open");
   ready.catch(() => {}); // who doesn't wait for it hears of it by `status`
   open();
   return {
-    ...{ ready, on, once, send, command, ask, answer, offer, members, wake },
+    /** In the room for the first time. Rejects with a `Failure`, mostly the refusal. */
+    ready,
+    ...{ on, once, send, command, ask, answer, offer, members, wake },
     status: () => status,
     room: () => saved.room,
     me: () => me,
