@@ -58,15 +58,15 @@ export type SendOptions = { to?: number | number[] | undefined; echo?: boolean |
 export type Options = {
   /** The relay: ws, wss, http or https. */
   url: string;
-  /** Code of the room to join; where absent, the one that storage remembers. */
+  /** Code of the room to join; if absent, the one that storage remembers. */
   room?: string | undefined;
   /** Opens a room instead. After a reload, the one that was opened is joined again while it lives. */
   create?: Omit<Extract<ClientMessage, { type: "create" }>, "type" | "clientId"> | undefined;
   /** The token of an offer: takes over its slot in `room`, for a person who goes on with this device. */
   claim?: string | undefined;
-  /** How old what is sent while away may become, in ms: 5,000 by default, 0 where nothing is kept. */
+  /** How old what is sent while away may become, in ms: 5,000 by default; 0 keeps nothing. */
   keepMs?: number | undefined;
-  /** Proves that the slot is its own; where absent, random and kept in storage. */
+  /** Proves that the slot is its own; if absent, random and kept in storage. */
   clientId?: string | undefined;
   /** By default `sessionStorage`: every tab is a player. With `localStorage` a browser is one: its newest tab. */
   storage?: Pick<Storage, "getItem" | "setItem"> | undefined;
@@ -84,7 +84,7 @@ const ANSWER_MS = 5_000; // for another member to answer
 const QUEUE = 10; // commands kept while away
 const TALK = "party-sockets"; // questions and answers are plain sends of {"party-sockets": "ask" or "answer", id, data}
 const LOST = 1006; // what a browser calls a connection that ended without a close frame
-/** Shortest and longest wait in ms where the relay asks for patience, by close code or code of a refusal. */
+/** Shortest and longest wait in ms if the relay asks for patience, by close code or code of a refusal. */
 const PATIENCE: Record<string | number, [number, number] | undefined> = {
   [CloseCode.TOO_MANY_ATTEMPTS]: [30_000, 35_000],
   [CloseCode.RESTARTING]: [500, 3_000], // not every client in the same instant
@@ -93,7 +93,7 @@ const PATIENCE: Record<string | number, [number, number] | undefined> = {
   draining: [5_000, 6_000],
 };
 
-/** Enters a room and stays in it. Throws where there is no room to enter, or `url` is none. */
+/** Enters a room and stays in it. Throws if there is no room to enter, or `url` is none. */
 export function connect<Incoming = unknown, Outgoing = unknown>(options: Options) {
   const { url, create, claim, keepMs: keptMs = 5_000, env = globalThis } = options;
   const { Date, Math, performance, setTimeout, clearTimeout, document, window } = env;
@@ -239,7 +239,7 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   }
   /** Asks a member, who has to `answer`. Rejects at the deadline, and at once if that member is away. */
   async function ask<Answer = unknown>(to: number, data: Outgoing, { deadlineMs = ANSWER_MS } = {}): Promise<Answer> {
-    if (status.state === "open" && !slots.get(to)) throw failure("peer_away", "That member is away");
+    if (status.state === "open" && slots.get(to) === false) throw failure("peer_away", "That member is away");
     const id = randomId();
     send({ [TALK]: "ask", id, data } as Outgoing, { to, keepMs: deadlineMs });
     return (await once("answer", (answer) => answer.id === id && answer.from === to, deadlineMs)).data as Answer;
@@ -298,5 +298,5 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
 }
 
 const failure = (code: Failure["code"], message: string): Failure => Object.assign(new Error(message), { code });
-/** `crypto.randomUUID` is missing where the page came over plain http, as in a home's Wi-Fi. */
+/** `crypto.randomUUID` is missing if the page came over plain http, as in a home's Wi-Fi. */
 const randomId = (): string => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("");
