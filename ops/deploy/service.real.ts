@@ -76,7 +76,7 @@ describe.skipIf(whyNot !== undefined)(`the unit${whyNot ?? ""}`, () => {
 
   test("gives up on a relay that refuses its variables each time", async () => {
     await start({ PORT: "x" });
-    await until("systemd to give up", async () => (await property("ActiveState")) === "failed");
+    await until("systemd to give up", async () => (await property("ActiveState")) === "failed", 30_000);
     const log = await engine.podman("exec", "systemd", "journalctl", "--unit=party-sockets", "--output=cat");
     expect(log).toContain('PORT must be a whole number from 0 to 65535, not "x"');
   });
