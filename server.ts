@@ -401,16 +401,17 @@ const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
 
-// A unit of work is one frame handled or delivered, or 2 KiB of it: 0.3 to 1 µs where frames share system calls, up to 5 where not.
+// A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const TURN_WORK = 10_000; // in one turn, shared by the rooms: some 5 ms
-const LEAST_SHARE = 500; // of one room, however many there are: 60 frames among 8 members
+const CALL_WORK = 6; // a system call: one for each member to whom a room's frames of a turn go
+const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
+const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
 const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
 const GOODBYE_MS = 5_000; // what is left of a socket that closed properly gets this long to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // a turn of this length has let frames gather by itself
-const REST_ABOVE = 80; // units of work a millisecond: from about a third of a core on, resting pays
+const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const REST_WINDOW_MS = 20; // over which that rate is taken
 
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
@@ -866,6 +867,7 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
   const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
+  relay.turns.deliveries += receivers;
   relay.turns.work += receivers * (1 + bytes / WORK_BYTES);
   return bytes;
 }
@@ -878,7 +880,9 @@ function write(socket: Socket, frame: string): void {
 function publish(room: Room, frame: string, except?: Socket): void {
   const { relay, code, connected } = room;
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
-  room.published += delivered(relay, connected.size - (except === undefined ? 0 : 1), sent, frame);
+  const receivers = connected.size - (except === undefined ? 0 : 1);
+  room.published += delivered(relay, receivers, sent, frame);
+  relay.turns.wake(room.flow, receivers);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -1449,6 +1453,8 @@ class Flow {
   credit = 0;
   /** The turn of which `credit` is. */
   turn = -1;
+  /** The turn in which its members were sent something last. */
+  wokenIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
   /** Who left the room while there was no credit to say so. They come before any frame. */
@@ -1473,6 +1479,8 @@ class Flow {
 class Turns {
   /** Units of work done so far. Frames out add what they deliver. */
   work = 0;
+  /** Frames delivered so far. */
+  deliveries = 0;
   readonly #config: Config;
   readonly #relay: Relay;
   #turn = 0;
@@ -1492,7 +1500,7 @@ class Turns {
   readonly #empty = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
-  /** The work until `#rateSince`. */
+  /** The deliveries until `#rateSince`. */
   #rateFrom = 0;
   #rateSince = 0;
 
@@ -1524,6 +1532,13 @@ class Turns {
   /** Whether a joiner finds a room whose members know who left, and which has credit. */
   isUpToDate(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
+  }
+
+  /** Counts the system calls of a room's first broadcast in a turn; later ones share them. */
+  wake(flow: Flow, receivers: number): void {
+    if (flow.wokenIn === this.#turn) return;
+    flow.wokenIn = this.#turn;
+    this.work += CALL_WORK * receivers;
   }
 
   /** Charges the frame in hand to another flow than its socket's. */
@@ -1707,8 +1722,8 @@ class Turns {
   #restIfBusy(now: number): void {
     const elapsed = now - this.#rateSince;
     if (elapsed >= REST_WINDOW_MS) {
-      this.#isBusy = this.work - this.#rateFrom > elapsed * REST_ABOVE;
-      this.#rateFrom = this.work;
+      this.#isBusy = this.deliveries - this.#rateFrom > elapsed * REST_ABOVE;
+      this.#rateFrom = this.deliveries;
       this.#rateSince = now;
     }
     if (this.#isBusy && now - this.#begunAt < LONG_TURN_MS) this.#config.clock.rest(REST_MS);
