@@ -383,7 +383,6 @@ const ORIGIN_LENGTH = 256; // characters of an Origin header that are kept
 const ORIGIN_SHOWN = 100; // characters of it in /metrics
 const ORIGINS_KEPT = 500; // Origin headers are the clients' to invent
 const ORIGINS_SHOWN = 100; // series that a scrape can bear
-const METRICS_MS = 1_000; // how old a scrape's text may be
 const ADDRESSES = 10_000; // addresses whose misses are counted
 const MISS_WINDOW_MS = 60_000;
 const SWEEP_MS = 6_000; // a dead phone is noticed before the party does
@@ -492,6 +491,8 @@ export type Config = Record<LimitName, number> & {
   addressHeader: string | undefined;
   log: Log;
   clock: Clock;
+  /** How old the text of `/metrics` may be, in ms: nobody can keep the relay busy with scrapes. */
+  metricsMs: number;
   /** Bytes of memory that the process occupies. */
   memory(): number;
 };
@@ -543,6 +544,7 @@ const DEFAULTS: Config = {
   addressHeader: undefined,
   log: logText,
   clock: systemClock,
+  metricsMs: 1_000,
   memory: () => process.memoryUsage.rss(),
 };
 
@@ -2330,10 +2332,11 @@ const METRICS: readonly Metric[] = [
     (relay) => (relay.config.clock.now() - relay.startedAt) / 1000],
 ];
 
-/** The text of a scrape, made at most once in METRICS_MS: nobody can keep the relay busy with it. */
+/** The text of a scrape; an older one if that is young enough. */
 function metricsText(relay: Relay): string {
-  const now = relay.config.clock.now();
-  if (now >= relay.metricsText.until) relay.metricsText = { text: makeMetricsText(relay), until: now + METRICS_MS };
+  const { clock, metricsMs } = relay.config;
+  const now = clock.now();
+  if (now >= relay.metricsText.until) relay.metricsText = { text: makeMetricsText(relay), until: now + metricsMs };
   return relay.metricsText.text;
 }
 
