@@ -3,8 +3,11 @@
  * is a process of its own where its memory or its end matters. About 2 s.
  */
 import { describe, expect, test } from "bun:test";
-import { ChildRelay, clientFrame, handshake, RawSocket, vitals } from "./trials/fuzz.ts";
-import { Client, type Frame, TestClock, testRelay } from "./shared/testing.ts";
+import { Client, type Frame } from "./shared/client.ts";
+import { vitals } from "./shared/metrics.ts";
+import { RelayProcess } from "./shared/processes.ts";
+import { TestClock, testRelay } from "./shared/relay.ts";
+import { clientFrame, handshake, RawSocket } from "./shared/sockets.ts";
 
 /** A raw socket that sits in a room. */
 async function sits(url: string, room: string, clientId: string): Promise<RawSocket> {
@@ -27,7 +30,7 @@ describe("a member that can't keep up", () => {
   const GROWTH = 32 * 1024 * 1024;
 
   test("is cut, costs the relay little memory, and the others lose nothing", async () => {
-    await using child = await ChildRelay.start();
+    await using child = await RelayProcess.start();
     const sender = await Client.open(child.url);
     const room = await sender.create(10);
     const fast = await Client.open(child.url);
@@ -455,20 +458,20 @@ describe("stopping", () => {
 
   test.concurrent("ends at once without rooms, and says why to who is there", async () => {
     for (const signal of ["SIGTERM", "SIGINT"] as const) {
-      await using child = await ChildRelay.start({ DRAIN_SECONDS: "60" });
+      await using child = await RelayProcess.start({ DRAIN_SECONDS: "60" });
       const roomless = await Client.open(child.url);
-      child.process.kill(signal);
+      child.signal(signal);
       expect(await roomless.closed).toEqual(RESTARTING);
-      expect(await child.process.exited).toBe(0);
+      expect(await child.exited).toBe(0);
     }
   });
 
   test.concurrent("lets rooms go on for a while, takes connections but no new room, and ends with 0", async () => {
-    await using child = await ChildRelay.start({ DRAIN_SECONDS: "1" });
+    await using child = await RelayProcess.start({ DRAIN_SECONDS: "1" });
     const host = await Client.open(child.url);
     const room = await host.create(8, "host", { linger: 300 });
     const roomless = await Client.open(child.url);
-    child.process.kill("SIGTERM");
+    child.signal("SIGTERM");
     for (const client of [host, roomless]) expect(await client.next()).toEqual({ type: "draining", seconds: 1 });
     const late = await Client.open(child.url);
     expect(await late.ask({ type: "create", clientId: "late", maxClients: 2 })).toMatchObject({ code: "draining" });
@@ -479,17 +482,17 @@ describe("stopping", () => {
     expect(await host.next()).toMatchObject({ data: "still here" });
     expect((await fetch(`${child.url}/health`)).status).toBe(200);
     for (const client of [host, late, roomless]) expect(await client.closed).toEqual(RESTARTING);
-    expect(await child.process.exited).toBe(0);
+    expect(await child.exited).toBe(0);
   });
 
   test.concurrent("ends when the last room does, however long the drain may last", async () => {
-    await using child = await ChildRelay.start({ DRAIN_SECONDS: "60" });
+    await using child = await RelayProcess.start({ DRAIN_SECONDS: "60" });
     const host = await Client.open(child.url);
     await host.create(8, "host", { linger: 300 });
-    child.process.kill("SIGTERM");
+    child.signal("SIGTERM");
     expect(await host.next()).toEqual({ type: "draining", seconds: 60 });
     await host.close();
-    expect(await child.process.exited).toBe(0);
+    expect(await child.exited).toBe(0);
   });
 
   test.concurrent("ends at once at a second signal, or where the drain lasts no time", async () => {
@@ -497,7 +500,7 @@ describe("stopping", () => {
       ["60", "SIGTERM", "SIGINT"],
       ["0", "SIGINT"],
     ] as const) {
-      await using child = await ChildRelay.start({ DRAIN_SECONDS });
+      await using child = await RelayProcess.start({ DRAIN_SECONDS });
       const members: Client[] = [];
       for (const _ of upTo(50)) {
         const host = await Client.open(child.url);
@@ -506,18 +509,18 @@ describe("stopping", () => {
         members.push(host, guest);
       }
       const [first, second] = signals;
-      child.process.kill(first);
+      child.signal(first);
       if (second !== undefined) {
         await Promise.all(members.map((member) => member.soFar()));
-        child.process.kill(second);
+        child.signal(second);
       }
       for (const member of members) expect(await member.closed).toEqual(RESTARTING);
-      expect(await child.process.exited).toBe(0);
+      expect(await child.exited).toBe(0);
     }
   });
 
   test.concurrent("reaches a member that is behind with its last frames and the close", async () => {
-    await using child = await ChildRelay.start({ DRAIN_SECONDS: "0", MAX_MESSAGES_PER_SECOND: "0" });
+    await using child = await RelayProcess.start({ DRAIN_SECONDS: "0", MAX_MESSAGES_PER_SECOND: "0" });
     const behind = async (most: number) => {
       const host = await Client.open(child.url);
       const guest = await sits(child.url, await host.create(), "guest");
@@ -532,7 +535,7 @@ describe("stopping", () => {
     const cut = await behind(10_000); // what the kernel and the relay hold together
     const { host, guest, sent } = await behind(cut.sent - 10); // the relay holds some, by its limit less than all of it
     expect(sent).toBe(cut.sent - 10);
-    child.process.kill("SIGTERM");
+    child.signal("SIGTERM");
     expect(await host.closed).toEqual(RESTARTING);
     guest.resume();
     let messages = 0;
@@ -540,7 +543,7 @@ describe("stopping", () => {
     for (; frame?.opcode === 1; frame = await guest.nextFrame()) messages++;
     expect(messages).toBe(sent + 1); // and `draining`
     expect(frame?.payload.readUInt16BE(0)).toBe(RESTARTING.code);
-    expect(await child.process.exited).toBe(0);
+    expect(await child.exited).toBe(0);
   });
 
   test("closes rooms one after another in the last half of a short drain", async () => {
