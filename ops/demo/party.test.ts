@@ -69,7 +69,8 @@ class World {
           world.sockets.push(this);
         }
       })(this),
-    Math: { min: Math.min, random: () => this.random },
+    Math: Object.create(Math, { random: { value: () => this.random } }),
+    Date: { now: () => EPOCH + this.#now },
     performance: { now: () => this.#now },
     setTimeout: (run: () => void, ms: number) => {
       this.#timers.set(++this.#lastTimer, { at: this.#now + ms, run });
@@ -84,6 +85,10 @@ class World {
   /** The socket of the latest connection. */
   get socket(): ScriptedSocket {
     return this.sockets.at(-1)!;
+  }
+  /** As the relay does, at once. @param now what its clock says */
+  answerPing(now = EPOCH): void {
+    this.socket.say({ type: "pong", t: this.socket.sent.findLast(({ type }) => type === "ping").t, now });
   }
   connect(options: Partial<Options> = { room: CODE }): Party {
     return connect({ url: "wss://relay.example", env: this.env, ...options });
@@ -108,6 +113,7 @@ class World {
   }
 }
 
+const EPOCH = 1_700_000_000_000; // what this page takes for the time when a test begins
 const CODE = "K7bQx2";
 const joined = (index = 1, room = CODE): ServerMessage => ({ type: "joined", room, index, peers: [0] });
 const created = (room = CODE): ServerMessage => ({
@@ -290,7 +296,7 @@ describe("after a loss", () => {
       return waited;
     };
     expect([lose(), lose(), lose()]).toEqual([250, 500, 1000]);
-    world.socket.say({ type: "pong", now: 0 });
+    world.answerPing();
     world.advance(5000);
     expect(lose()).toBe(250);
   });
@@ -437,7 +443,7 @@ describe("half-open sockets", () => {
     party.on("latency", ({ ms }) => latencies.push(ms));
     for (let i = 0; i < 3; i++) {
       world.advance(40);
-      world.socket.say({ type: "pong", t: world.socket.sent.at(-1).t, now: 0 });
+      world.answerPing();
       world.advance(5000);
     }
     expect(latencies).toEqual([40, 40, 40]);
@@ -468,7 +474,7 @@ describe("half-open sockets", () => {
 
   test("asks at once when the page wakes", () => {
     const { world, party } = joinedWorld();
-    world.socket.say({ type: "pong", now: 0 });
+    world.answerPing();
     world.document.dispatchEvent(new Event("visibilitychange"));
     world.advance(4000);
     expect(party.status().state).toBe("waiting");
@@ -515,7 +521,7 @@ describe("with a relay", () => {
     }
     const window = new EventTarget();
     const env = {
-      ...{ WebSocket: Cuttable, Math: { min: Math.min, random: () => 0 }, window },
+      ...{ WebSocket: Cuttable, Math: Object.create(Math, { random: { value: () => 0 } }), Date, window },
       ...{ performance, setTimeout, clearTimeout, sessionStorage: new TestStorage() },
     } as unknown as typeof globalThis;
     return { env, window, cut: () => sockets.at(-1)!.terminate() };
