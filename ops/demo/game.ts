@@ -180,7 +180,7 @@ const MISREAD: Record<string, string> = {
 export function faultOf(text: string): string {
   const typed = [...text.replace(/[\s-]/g, "")];
   const misread = [...new Set(typed)].flatMap((character) => MISREAD[character] ?? []);
-  if (misread.length > 0) return misread.map((what) => `No code has a ${what}`).join(" ");
+  if (misread.length > 0) return misread.map((what) => `No code has a ${what}`).join("\n");
   if (typed.length !== 6) return `A code has six characters, this has ${typed.length}.`;
   return "A code has only letters and digits.";
 }

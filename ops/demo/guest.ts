@@ -187,7 +187,7 @@ export function guestScreen(
     }
     const first = game.winner === slot() && isOpen();
     const ended = game.phase === "over";
-    byId("guest").dataset.view = canPress() ? "go" : first ? "first" : "wait";
+    byId("guesting").dataset.view = canPress() ? "go" : first ? "first" : "wait";
     enable("buzz", canPress());
     enable("move", isOpen());
     buzz.hidden = ended;
@@ -209,7 +209,7 @@ export function guestScreen(
     announce(canPress() ? `Press now. ${game.question}` : ended ? `${result()}. ${line}` : line);
   }
 
-  byId("guest").hidden = false;
+  byId("guesting").hidden = false;
   render();
   return {
     close() {
@@ -217,7 +217,7 @@ export function guestScreen(
       closeSheet();
       party.close();
       document.body.removeAttribute("style");
-      byId("guest").hidden = true;
+      byId("guesting").hidden = true;
     },
   };
 }

@@ -193,7 +193,9 @@ export function hostScreen(place: Place, end: (notice: Notice) => void): Screen 
   byId("showQr").onclick = () => openSheet("Join the game", joinUrl(), joinUrl());
   // After a click beside the buttons, Enter still means what it meant: the phase's main button.
   const onKey = (event: KeyboardEvent) => {
-    if (event.key === "Enter" && event.target === document.body) byId(firstOf(game)).click();
+    if (event.key !== "Enter" || event.target !== document.body) return;
+    event.preventDefault(); // or the key goes on to what gets the focus next
+    byId(firstOf(game)).click();
   };
   addEventListener("keydown", onKey);
 
@@ -221,7 +223,7 @@ export function hostScreen(place: Place, end: (notice: Notice) => void): Screen 
   }
 
   function render(): void {
-    const screen = byId("host");
+    const screen = byId("hosting");
     const before = screen.dataset.phase;
     screen.dataset.phase = game.phase;
     const count = here().length;
@@ -281,8 +283,8 @@ export function hostScreen(place: Place, end: (notice: Notice) => void): Screen 
     setQr(byId("qr"), joinUrl());
   }
 
-  byId("host").hidden = false;
-  delete byId("host").dataset.phase;
+  byId("hosting").hidden = false;
+  delete byId("hosting").dataset.phase;
   render();
   return {
     close() {
@@ -290,7 +292,7 @@ export function hostScreen(place: Place, end: (notice: Notice) => void): Screen 
       removeEventListener("keydown", onKey);
       closeSheet();
       party.close();
-      byId("host").hidden = true;
+      byId("hosting").hidden = true;
     },
   };
 }

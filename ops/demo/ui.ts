@@ -158,12 +158,12 @@ function explain({ code }: Status): string {
 /** Shows in banner and corner how the connection is doing. */
 export function watchHealth(party: Party): void {
   const link = byId("link");
-  link.hidden = false;
   const show = (status: Status) => {
     const away = status.code !== undefined && status.state !== "open" && status.state !== "closed";
+    link.hidden = status.state === "closed";
     link.dataset.state = away ? "away" : status.state;
     if (status.state !== "open") {
-      setText(byId("latency"), away || status.state === "closed" ? "No connection" : "Connecting…");
+      setText(byId("latency"), away ? "No connection" : "Connecting…");
       closeSheet(); // what it offers needs the relay
     }
     const impatient = status.code === 1006 ? { label: "Try now", run: party.wake } : undefined;

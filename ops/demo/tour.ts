@@ -1,0 +1,144 @@
+/** A walk through every state of the demo's screens: one page hosts, one plays, and the other players have no page. */
+import { Client, type Frame } from "../shared/client.ts";
+import type { RelayProcess } from "../shared/processes.ts";
+import { press, type Game } from "./game.ts";
+import type { Tab } from "./tab.ts";
+
+const NAMES =
+  "Ann Ben Cleo Dev Ella Finn Gia Hugo Iris Jun Kai Lena Maximiliane_III Noor Otto Pia Quinn Rosa Sami Tess Uma Vito Wren Xaver";
+
+export type Tour = {
+  host: Tab;
+  /** Of the player in slot 1. */
+  phone: Tab;
+  /** Where the demo is served. */
+  page: string;
+  /** Is ended on the way. */
+  relay: RelayProcess;
+  players: number;
+  /** So many win one, in the order of their slots; with four or more players the last two have gone before. */
+  rounds: number;
+};
+
+/** The code of the room that a page hosts. */
+export function roomOf(host: Tab): Promise<string> {
+  return host.until<string>("document.querySelector('#code').dataset.code");
+}
+
+/** @param look called in each state with the tab that shows it. Other than by `look`, states are only waited for. */
+export async function tour(
+  { host, phone, page, relay, players, rounds }: Tour,
+  look: (state: string, tab: Tab) => Promise<void>,
+): Promise<void> {
+  await phone.open(page);
+  await phone.says(".slogan", "First");
+  await look("start", phone);
+  await phone.type("#codeInput", "K0Ol");
+  await phone.press("Enter");
+  await phone.says("#notice", "No code has");
+  await look("start-fault", phone);
+
+  await host.open(`${page}/#host`);
+  const room = await roomOf(host);
+  await host.says("#headcount", "Waiting");
+  await look("lobby-empty", host);
+  await phone.open(`${page}/#${room}`);
+  await phone.says("#buzzText", "You're in");
+  await phone.type("#myName", "Ann");
+  await phone.press("Enter");
+  const names = NAMES.split(" ");
+  const others = new Map<number, Client>();
+  for (let slot = 2; slot <= players; slot++) {
+    const client = await Client.open(relay.url);
+    await client.join(room, `player ${slot}`);
+    client.send({ type: "send", to: 0, data: { name: names[slot - 1] } });
+    others.set(slot, client);
+  }
+  for (const slot of [1, players]) await host.says(`#player${slot} .name`, names[slot - 1]!);
+  await host.says("#headcount", `${players} in`);
+  await look("lobby", host);
+  await look("lobby", phone);
+
+  await host.click("#start");
+  await phone.says("#line", "next question");
+  await look("ready", host);
+  await look("ready", phone);
+  await host.click("#lock");
+  await host.says("#where", "Join at");
+  await look("unlocked", host);
+  await host.click("#showQr");
+  await look("qr", host);
+  await host.click("#sheetClose");
+  if (players > 3) {
+    await host.click(`#player${players}`);
+    await look("sheet", host);
+    await host.click("#sheetAction");
+    await host.says(`#player${players} .status`, "kicked");
+    await others.get(players - 1)!.close();
+    await host.says(`#player${players - 1} .status`, "away");
+    await host.click(`#player${players - 1}`);
+    await host.says("#sheetText", "Whoever scans");
+    await look("sheet-away", host);
+    await host.click("#sheetClose");
+  }
+  await phone.click("#move");
+  await phone.says("#sheetTitle", "another phone");
+  await look("move", phone);
+  await phone.click("#sheetClose");
+
+  for (let slot = 1; slot <= Math.min(rounds, players > 3 ? players - 2 : players); slot++) {
+    await host.type("#question", "Which planet has the shortest day?");
+    await host.press("Enter");
+    await phone.says("#buzzText", "Press!");
+    if (slot === 1) {
+      await look("open", host);
+      await look("press", phone);
+    }
+    if (slot === 1) await phone.click("#buzz");
+    else await pressAs(others.get(slot)!);
+    await host.says("#winner b", names[slot - 1]!);
+    await phone.says("#line", slot === 1 ? "Your answer" : `${names[slot - 1]} was first`);
+    await look(`won-by-${slot}`, host);
+    await look(`won-by-${slot}`, phone);
+    if (slot === 1 && players > 1) {
+      await host.click("#wrong");
+      await phone.says("#buzzText", "Out");
+      await look("out", host);
+      await look("out", phone);
+      await host.click("#shut");
+    } else await host.click("#right");
+    await host.says(".title", "What do you ask?");
+  }
+  for (let press = 0; press < 2; press++) await host.click("#finish");
+  await phone.says("#line", "another game");
+  await look("over", host);
+  await look("over", phone);
+  for (let press = 0; press < 2; press++) await host.click("#close");
+  await host.says("#notice", "Thanks for playing");
+  await phone.says("#line", "Thanks for playing");
+  await look("closed", host);
+  await look("closed", phone);
+
+  await host.open(`${page}/#host`);
+  await phone.open(`${page}/#${await roomOf(host)}`);
+  await host.says("#headcount", "1 in");
+  await host.click("#start");
+  await host.says(".title", "What do you ask?");
+  await host.click("#open");
+  await phone.says("#buzzText", "Press!");
+  await relay.stop("SIGKILL");
+  for (const tab of [host, phone]) {
+    await tab.says("#bannerText", "can't be reached");
+    await look("away", tab);
+  }
+  for (const client of others.values()) client.terminate();
+}
+
+/** Presses as soon as it sees the buzzer open. */
+async function pressAs(client: Client): Promise<void> {
+  let frame: Frame;
+  do frame = await client.next();
+  while (frame.type !== "state" || frame.data.phase !== "open");
+  const [latest] = (await client.soFar()).filter(({ type }) => type === "state").slice(-1);
+  client.send({ type: "send", data: press((latest ?? frame).data as Game), echo: true });
+}
