@@ -1,11 +1,9 @@
 /** How the demo's screens look in each state: readable, and nothing out of reach. */
 import { describe, expect, test } from "bun:test";
 import { whyNoBrowser } from "../shared/browser.ts";
-import { RelayProcess } from "../shared/processes.ts";
 import { INSPECT } from "./contrast.ts";
-import { serveDemo } from "./start.ts";
-import { LAPTOP, PHONE, Tab, TELEVISION } from "./tab.ts";
-import { tour } from "./tour.ts";
+import { LAPTOP, PHONE, TELEVISION } from "./tab.ts";
+import { walk } from "./tour.ts";
 
 const SOFA_PX = 24; // on a television of 1080 lines, as makers of televisions advise
 const WIDE = { width: 1366, height: 768 };
@@ -17,17 +15,6 @@ const OUT_OF_REACH = `[...(document.querySelector("dialog[open]") ?? document).q
   return left < 0 || top < 0 || right > innerWidth || bottom > innerHeight || !button.contains(above);
 }).map((button) => button.id)`;
 const SIDEWAYS = "document.documentElement.scrollWidth - document.documentElement.clientWidth";
-
-/** Takes the tour. @param look as in `tour` */
-async function walk(players: number, rounds: number, look: (state: string, tab: Tab, isHost: boolean) => Promise<void>) {
-  await using relay = await RelayProcess.start();
-  await using demo = serveDemo({ port: 0, relay: relay.url });
-  using host = new Tab(TELEVISION);
-  using phone = new Tab(PHONE);
-  const page = demo.url.origin;
-  await tour({ host, phone, page, relay, players, rounds }, (state, tab) => look(state, tab, tab === host));
-  expect([host.faults, phone.faults].flat().filter((fault) => !fault.includes("WebSocket"))).toEqual([]);
-}
 
 describe.skipIf(whyNoBrowser !== undefined)(`screens${whyNoBrowser ?? ""}`, () => {
   test("all texts contrast by 4.5 in both themes on every player's colour, and are readable from a sofa", async () => {

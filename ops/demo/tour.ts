@@ -1,33 +1,40 @@
 /** A walk through every state of the demo's screens: one page hosts, one plays, and the other players have no page. */
 import { Client, type Frame } from "../shared/client.ts";
-import type { RelayProcess } from "../shared/processes.ts";
+import { RelayProcess } from "../shared/processes.ts";
 import { press, type Game } from "./game.ts";
-import type { Tab } from "./tab.ts";
+import { serveDemo } from "./start.ts";
+import { PHONE, Tab, TELEVISION } from "./tab.ts";
 
 const NAMES =
   "Ann Ben Cleo Dev Ella Finn Gia Hugo Iris Jun Kai Lena Maximiliane_III Noor Otto Pia Quinn Rosa Sami Tess Uma Vito Wren Xaver";
-
-export type Tour = {
-  host: Tab;
-  /** Of the player in slot 1. */
-  phone: Tab;
-  /** Where the demo is served. */
-  page: string;
-  /** Is ended on the way. */
-  relay: RelayProcess;
-  players: number;
-  /** So many win one, in the order of their slots; with four or more players the last two have gone before. */
-  rounds: number;
-};
 
 /** The code of the room that a page hosts. */
 export function roomOf(host: Tab): Promise<string> {
   return host.until<string>("document.querySelector('#code').dataset.code");
 }
 
-/** @param look called in each state with the tab that shows it. Other than by `look`, states are only waited for. */
-export async function tour(
-  { host, phone, page, relay, players, rounds }: Tour,
+/**
+ * @param rounds so many players win one, in the order of their slots; of four or more players the last two have gone before
+ * @param look called in each state with the tab that shows it
+ * @throws if a page has written an error to its console
+ */
+export async function walk(players: number, rounds: number, look: (state: string, tab: Tab, isHost: boolean) => Promise<void>) {
+  await using relay = await RelayProcess.start();
+  await using demo = serveDemo({ port: 0, relay: relay.url });
+  using host = new Tab(TELEVISION);
+  using phone = new Tab(PHONE); // of the player in slot 1
+  await visit(host, phone, demo.url.origin, relay, players, rounds, (state, tab) => look(state, tab, tab === host));
+  const faults = [...host.faults, ...phone.faults].filter((fault) => !fault.includes("WebSocket")); // the relay goes away
+  if (faults.length > 0) throw new Error(faults.join("\n"));
+}
+
+async function visit(
+  host: Tab,
+  phone: Tab,
+  page: string,
+  relay: RelayProcess,
+  players: number,
+  rounds: number,
   look: (state: string, tab: Tab) => Promise<void>,
 ): Promise<void> {
   await phone.open(page);
