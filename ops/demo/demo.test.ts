@@ -324,6 +324,25 @@ describe.skipIf(whyNoBrowser !== undefined)(`in a browser${whyNoBrowser ?? ""}`,
     for (const tab of [host, ann, bob, other]) expect(tab.faults).toEqual([]);
   }, 20_000);
 
+  const reader = Bun.which("zbarimg");
+  const why = reader ? "" : " (skipped: no zbarimg on this machine, Debian's zbar-tools)";
+  test.skipIf(reader === null)(
+    `a camera finds the way to the room on the host's screen, by day and night${why}`,
+    async () => {
+      using host = new Tab(LAPTOP);
+      await host.open(`${page}/#host`);
+      const room = await roomOf(host);
+      for (const theme of ["light", "dark"]) {
+        await host.prefer({ "prefers-color-scheme": theme, "prefers-reduced-motion": "reduce" });
+        const stdin = await host.screenshot();
+        const { stdout } = Bun.spawnSync(["zbarimg", "--quiet", "--raw", "-"], { stdin });
+        expect(stdout.toString().trim()).toBe(await host.evaluate<string>("document.querySelector('#joinLink').href"));
+        expect(stdout.toString().trim()).toEndWith(`/#${room}`);
+      }
+    },
+    20_000,
+  );
+
   test("a wrong code stays where it can be corrected", async () => {
     using host = new Tab(LAPTOP);
     using guest = new Tab(PHONE);

@@ -90,7 +90,7 @@ export function guestScreen(
     if (over || (why === CloseCode.REPLACED && !offered)) render();
     else end(farewell(status), name);
     if (why === CloseCode.REPLACED && !offered) {
-      banner("You are playing in another tab.", { label: "Play here", run: () => location.reload() });
+      banner("You play in another tab, or on another phone.", { label: "Play here", run: () => location.reload() });
     }
   });
   watchHealth(party);

@@ -229,6 +229,7 @@ export function hostScreen(place: Place, end: (notice: Notice) => void): Screen 
     const count = here().length;
     const waiting = room ? "Waiting for the first player" : "Waiting for the relay";
     setText(byId("headcount"), !isOpen() ? "No connection" : count === 0 ? waiting : `${count} in. Everybody there?`);
+    byId("waiting").classList.toggle("still", !isOpen());
     setText(byId("waiting"), isOpen() ? "The buzzer is open" : "No connection: the question starts again later");
     for (const id of ["open", "shut", "right", "wrong", "again", "close", "lock", "finish"]) enable(id, isOpen());
     enable("start", isOpen() && count > 0);

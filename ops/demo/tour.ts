@@ -23,32 +23,22 @@ export async function walk(players: number, rounds: number, look: (state: string
   await using demo = serveDemo({ port: 0, relay: relay.url });
   using host = new Tab(TELEVISION);
   using phone = new Tab(PHONE); // of the player in slot 1
-  await visit(host, phone, demo.url.origin, relay, players, rounds, (state, tab) => look(state, tab, tab === host));
-  const faults = [...host.faults, ...phone.faults].filter((fault) => !fault.includes("WebSocket")); // the relay goes away
-  if (faults.length > 0) throw new Error(faults.join("\n"));
-}
+  const page = demo.url.origin;
+  const lookAtHost = (state: string) => look(state, host, true);
+  const lookAtPhone = (state: string) => look(state, phone, false);
 
-async function visit(
-  host: Tab,
-  phone: Tab,
-  page: string,
-  relay: RelayProcess,
-  players: number,
-  rounds: number,
-  look: (state: string, tab: Tab) => Promise<void>,
-): Promise<void> {
   await phone.open(page);
   await phone.says(".slogan", "First");
-  await look("start", phone);
+  await lookAtPhone("start");
   await phone.type("#codeInput", "K0Ol");
   await phone.press("Enter");
   await phone.says("#notice", "No code has");
-  await look("start-fault", phone);
+  await lookAtPhone("start-fault");
 
   await host.open(`${page}/#host`);
   const room = await roomOf(host);
   await host.says("#headcount", "Waiting");
-  await look("lobby-empty", host);
+  await lookAtHost("lobby-empty");
   await phone.open(`${page}/#${room}`);
   await phone.says("#buzzText", "You're in");
   await phone.type("#myName", "Ann");
@@ -63,34 +53,34 @@ async function visit(
   }
   for (const slot of [1, players]) await host.says(`#player${slot} .name`, names[slot - 1]!);
   await host.says("#headcount", `${players} in`);
-  await look("lobby", host);
-  await look("lobby", phone);
+  await lookAtHost("lobby");
+  await lookAtPhone("lobby");
 
   await host.click("#start");
   await phone.says("#line", "next question");
-  await look("ready", host);
-  await look("ready", phone);
+  await lookAtHost("ready");
+  await lookAtPhone("ready");
   await host.click("#lock");
   await host.says("#where", "Join at");
-  await look("unlocked", host);
+  await lookAtHost("unlocked");
   await host.click("#showQr");
-  await look("qr", host);
+  await lookAtHost("qr");
   await host.click("#sheetClose");
   if (players > 3) {
     await host.click(`#player${players}`);
-    await look("sheet", host);
+    await lookAtHost("sheet");
     await host.click("#sheetAction");
     await host.says(`#player${players} .status`, "kicked");
     await others.get(players - 1)!.close();
     await host.says(`#player${players - 1} .status`, "away");
     await host.click(`#player${players - 1}`);
     await host.says("#sheetText", "Whoever scans");
-    await look("sheet-away", host);
+    await lookAtHost("sheet-away");
     await host.click("#sheetClose");
   }
   await phone.click("#move");
   await phone.says("#sheetTitle", "another phone");
-  await look("move", phone);
+  await lookAtPhone("move");
   await phone.click("#sheetClose");
 
   for (let slot = 1; slot <= Math.min(rounds, players > 3 ? players - 2 : players); slot++) {
@@ -98,33 +88,33 @@ async function visit(
     await host.press("Enter");
     await phone.says("#buzzText", "Press!");
     if (slot === 1) {
-      await look("open", host);
-      await look("press", phone);
+      await lookAtHost("open");
+      await lookAtPhone("press");
     }
     if (slot === 1) await phone.click("#buzz");
     else await pressAs(others.get(slot)!);
     await host.says("#winner b", names[slot - 1]!);
     await phone.says("#line", slot === 1 ? "Your answer" : `${names[slot - 1]} was first`);
-    await look(`won-by-${slot}`, host);
-    await look(`won-by-${slot}`, phone);
+    await lookAtHost(`won-by-${slot}`);
+    await lookAtPhone(`won-by-${slot}`);
     if (slot === 1 && players > 1) {
       await host.click("#wrong");
       await phone.says("#buzzText", "Out");
-      await look("out", host);
-      await look("out", phone);
+      await lookAtHost("out");
+      await lookAtPhone("out");
       await host.click("#shut");
     } else await host.click("#right");
     await host.says(".title", "What do you ask?");
   }
   for (let press = 0; press < 2; press++) await host.click("#finish");
   await phone.says("#line", "another game");
-  await look("over", host);
-  await look("over", phone);
+  await lookAtHost("over");
+  await lookAtPhone("over");
   for (let press = 0; press < 2; press++) await host.click("#close");
   await host.says("#notice", "Thanks for playing");
   await phone.says("#line", "Thanks for playing");
-  await look("closed", host);
-  await look("closed", phone);
+  await lookAtHost("closed");
+  await lookAtPhone("closed");
 
   await host.open(`${page}/#host`);
   await phone.open(`${page}/#${await roomOf(host)}`);
@@ -134,11 +124,12 @@ async function visit(
   await host.click("#open");
   await phone.says("#buzzText", "Press!");
   await relay.stop("SIGKILL");
-  for (const tab of [host, phone]) {
-    await tab.says("#bannerText", "can't be reached");
-    await look("away", tab);
-  }
+  for (const tab of [host, phone]) await tab.says("#bannerText", "can't be reached");
+  await lookAtHost("away");
+  await lookAtPhone("away");
   for (const client of others.values()) client.terminate();
+  const faults = [...host.faults, ...phone.faults].filter((fault) => !fault.includes("WebSocket")); // the relay has gone away
+  if (faults.length > 0) throw new Error(faults.join("\n"));
 }
 
 /** Presses as soon as it sees the buzzer open. */
