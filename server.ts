@@ -401,16 +401,17 @@ const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
 
-// A unit of work is one frame handled or delivered, or 2 KiB of it: 0.3 to 1 µs where frames share system calls, up to 5 where not.
+// A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const TURN_WORK = 10_000; // in one turn, shared by the rooms: some 5 ms
-const LEAST_SHARE = 500; // of one room, however many there are: 60 frames among 8 members
+const CALL_WORK = 6; // a system call: one for each member to whom a room's frames of a turn go
+const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
+const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
 const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
 const GOODBYE_MS = 5_000; // what is left of a socket that closed properly gets this long to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // a turn of this length has let frames gather by itself
-const REST_ABOVE = 80; // units of work a millisecond: from about a third of a core on, resting pays
+const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const REST_WINDOW_MS = 20; // over which that rate is taken
 
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
@@ -421,6 +422,7 @@ const EFFECT_MS = 300; // within which memory that was freed falls
 const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished messages
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
+const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -865,6 +867,7 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
   const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
+  relay.turns.deliveries += receivers;
   relay.turns.work += receivers * (1 + bytes / WORK_BYTES);
   return bytes;
 }
@@ -877,7 +880,9 @@ function write(socket: Socket, frame: string): void {
 function publish(room: Room, frame: string, except?: Socket): void {
   const { relay, code, connected } = room;
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
-  room.published += delivered(relay, connected.size - (except === undefined ? 0 : 1), sent, frame);
+  const receivers = connected.size - (except === undefined ? 0 : 1);
+  room.published += delivered(relay, receivers, sent, frame);
+  relay.turns.wake(room.flow, receivers);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -1448,6 +1453,8 @@ class Flow {
   credit = 0;
   /** The turn of which `credit` is. */
   turn = -1;
+  /** The turn in which its members were sent something last. */
+  wokenIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
   /** Who left the room while there was no credit to say so. They come before any frame. */
@@ -1472,6 +1479,8 @@ class Flow {
 class Turns {
   /** Units of work done so far. Frames out add what they deliver. */
   work = 0;
+  /** Frames delivered so far. */
+  deliveries = 0;
   readonly #config: Config;
   readonly #relay: Relay;
   #turn = 0;
@@ -1491,7 +1500,7 @@ class Turns {
   readonly #empty = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
-  /** The work until `#rateSince`. */
+  /** The deliveries until `#rateSince`. */
   #rateFrom = 0;
   #rateSince = 0;
 
@@ -1523,6 +1532,13 @@ class Turns {
   /** Whether a joiner finds a room whose members know who left, and which has credit. */
   isUpToDate(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
+  }
+
+  /** Counts the system calls of a room's first broadcast in a turn; later ones share them. */
+  wake(flow: Flow, receivers: number): void {
+    if (flow.wokenIn === this.#turn) return;
+    flow.wokenIn = this.#turn;
+    this.work += CALL_WORK * receivers;
   }
 
   /** Charges the frame in hand to another flow than its socket's. */
@@ -1582,7 +1598,7 @@ class Turns {
   #end(): void {
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
-    this.#relay.memory.lookIfMuchWasSent(this.work);
+    this.#relay.memory.lookIfMuchWasSent();
     if (this.#behind.size === 0) return this.#restIfBusy(now);
     this.#begin(now);
     const enough = this.work + TURN_WORK;
@@ -1706,8 +1722,8 @@ class Turns {
   #restIfBusy(now: number): void {
     const elapsed = now - this.#rateSince;
     if (elapsed >= REST_WINDOW_MS) {
-      this.#isBusy = this.work - this.#rateFrom > elapsed * REST_ABOVE;
-      this.#rateFrom = this.work;
+      this.#isBusy = this.deliveries - this.#rateFrom > elapsed * REST_ABOVE;
+      this.#rateFrom = this.deliveries;
       this.#rateSince = now;
     }
     if (this.#isBusy && now - this.#begunAt < LONG_TURN_MS) this.#config.clock.rest(REST_MS);
@@ -1862,7 +1878,7 @@ class Memory {
   /** What was cut, and the time (clock) until which that may still be in the figure. */
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
-  #lookedAtWork = 0;
+  #lookAtBytesOut = Infinity;
 
   constructor(relay: Relay) {
     this.#relay = relay;
@@ -1870,9 +1886,9 @@ class Memory {
     if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.#look());
   }
 
-  /** Looks if the frames sent since the last look may have filled a tenth of a small container. */
-  lookIfMuchWasSent(work: number): void {
-    if ((work - this.#lookedAtWork) * WORK_BYTES > 16 * MIB) this.#look();
+  /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
+  lookIfMuchWasSent(): void {
+    if (this.#relay.bytesOut > this.#lookAtBytesOut) this.#look();
   }
 
   /** Before a large frame goes to a room: what can't leave at once has to fit. @param bytes of the frame */
@@ -1894,7 +1910,7 @@ class Memory {
       used = memory();
     }
     this.isShort = used > limit;
-    this.#lookedAtWork = this.#relay.turns.work;
+    this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
     this.#cuts = this.#cuts.filter(({ until }) => until > now);
     const excess = used + expected - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
@@ -2203,6 +2219,7 @@ async function askAt(host: string, port: string | number, code: string, signal: 
   const answer = await fetch(`http://${isIP(host) === 6 ? `[${host}]` : host}:${port}/room/${code}`, {
     headers: { "X-Party-Probe": "1" },
     redirect: "manual",
+    proxy: false, // siblings are near, whatever HTTP_PROXY says
     keepalive: false, // a pooled connection that died would be tried twice
     signal,
   });

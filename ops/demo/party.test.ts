@@ -922,23 +922,48 @@ describe("with a relay", () => {
     },
   );
 
-  test("asks a member, and the others neither hear the question nor can answer it", async () => {
+  test("asks a member, and the others don't hear of it", async () => {
     await using relay = testRelay();
     const [host, ann, bob] = (await company(relay, 3)) as [Party, Party, Party];
     const heard: unknown[] = [];
     for (const party of [host, ann, bob]) party.on("message", ({ data }) => heard.push(data));
     host.answer(async (question, from) => ({ question, from }));
-    bob.answer(() => "not you");
+    bob.answer(() => "bob");
     expect(await ann.ask<unknown>(0, { which: "door" })).toEqual({ question: { which: "door" }, from: 1 });
-    expect(await bob.ask<unknown>(2, 7)).toBe("not you"); // oneself
-    expect(await ann.ask<unknown>(2, null)).toBe("not you");
-    const asked = next(host, "ask");
-    const stop = host.answer(() => new Promise(() => {})); // which never answers
-    stop();
-    void asked.then(({ id }) => bob.send({ "party-sockets": "answer", id, data: "forged" }, { to: 1 }));
-    host.answer(() => "late but true");
-    expect(await ann.ask<unknown>(0, "?")).toMatchObject({ question: "?" });
+    expect(await bob.ask<unknown>(2, "oneself")).toBe("bob");
+    expect(await ann.ask<unknown>(2, null)).toBe("bob");
     expect(heard).toEqual([]);
+    for (const party of [host, ann, bob]) party.close();
+  });
+
+  test("gives each question its own answer, whatever their order", async () => {
+    await using relay = testRelay();
+    const [host, guest] = (await company(relay, 2)) as [Party, Party];
+    const second = Promise.withResolvers<void>();
+    host.answer(async (question) => {
+      if (question === 2) second.resolve();
+      await second.promise;
+      await (question === 1 && next(host, "pong")); // after the other one's answer
+      return question;
+    });
+    const answers = Promise.all([1, 2].map((question) => guest.ask<unknown>(0, question)));
+    await second.promise;
+    host.wake(); // which pings
+    expect(await answers).toEqual([1, 2]);
+    for (const party of [host, guest]) party.close();
+  });
+
+  test("takes an answer from nobody but the one who was asked", async () => {
+    await using relay = testRelay();
+    const [host, ann, bob] = (await company(relay, 3)) as [Party, Party, Party];
+    const asked = next(host, "ask");
+    const answer = ann.ask<unknown>(0, "?");
+    const { id } = await asked;
+    const forged = next(ann, "answer", ({ from }) => from === 2);
+    bob.send({ "party-sockets": "answer", id, data: "forged" }, { to: 1 });
+    await forged;
+    host.send({ "party-sockets": "answer", id, data: "true" }, { to: 1 });
+    expect(await answer).toBe("true");
     for (const party of [host, ann, bob]) party.close();
   });
 

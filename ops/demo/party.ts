@@ -78,8 +78,7 @@ export type Party<Incoming = any, Outgoing = any> = ReturnType<typeof connect<In
 const PING_MS = 5_000; // between an answer and the next ping
 const SILENT_MS = 4_000; // nothing heard for this long after a ping: the socket is half-open
 const OPEN_MS = 10_000; // for TCP, TLS, the upgrade and the answer to join
-const BACKOFF_MS = 500; // doubles with each attempt, until a connection has held for PING_MS
-const BACKOFF_MAX_MS = 15_000;
+const BACKOFF_MS = { first: 500, most: 15_000 }; // doubles with each attempt, until a connection has held for PING_MS
 const ANSWER_MS = 5_000; // for another member to answer
 const QUEUE = 10; // commands kept while away
 const TALK = "party-sockets"; // questions and answers are plain sends of {"party-sockets": "ask" or "answer", id, data}
@@ -118,8 +117,7 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   let pinged: number | undefined; // when, while the answer is out
   let me: number | undefined;
   let host = 0;
-  let clock = { ms: Infinity, offset: Date.now() - performance.now() };
-
+  let clock = { ms: Infinity, offset: Date.now() - performance.now() }; // the relay's, ahead of the page's
   /** Remembers the room that this slot is in; without one, forgets it. */
   function enter(room?: string, instance?: string, created?: boolean): void {
     Object.assign(saved, { room, instance, created });
@@ -153,8 +151,8 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   function receive(message: ServerMessage<Incoming>): void {
     if (message.type === "error" && status.state === "connecting") return refused(message);
     if (pinged !== undefined) after(SILENT_MS, silent); // a relay that is still busy with this socket's backlog lives
-    const { [TALK]: talk, id, data }: any = (message.type === "message" && message.data) || {};
-    if (talk === "ask" || talk === "answer") return emit(talk, { from: (message as Events["message"]).from, id, data });
+    const { from, data }: any = message;
+    if (from !== undefined && ["ask", "answer"].includes(data?.[TALK])) return emit(data[TALK], { ...data, from });
     if (message.type === "created" || message.type === "joined") entered(message);
     if (message.type === "peer_joined" || message.type === "peer_left") slots.set(message.index, message.type === "peer_joined");
     if (message.type === "peer_left" && message.reason) slots.delete(message.index);
@@ -206,7 +204,7 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   function lost(code: NonNullable<Status["code"]>, reason: string): void {
     if (Object.values<unknown>(OVER).includes(code)) return end(code, reason);
     drop();
-    const backoff = Math.min(BACKOFF_MAX_MS, BACKOFF_MS * 2 ** attempts++);
+    const backoff = Math.min(BACKOFF_MS.most, BACKOFF_MS.first * 2 ** attempts++);
     const [min, max] = PATIENCE[code] ?? [backoff / 2, backoff];
     const retryMs = min + Math.random() * (max - min);
     after(retryMs, open);
@@ -224,7 +222,7 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
     else if (status.state === "waiting" && !(status.code! in PATIENCE)) open();
   }
   const interrupt = ({ type }: Event) => status.state !== "waiting" && lost(LOST, type); // what brings it back wakes it
-  /** Sends a message of any kind. @returns as `send` */
+  /** Any message. @returns whether it is on its way or kept, for `keepMs`, until the room is back; false if it is dropped */
   function command(message: Command, keepMs = keptMs): boolean {
     queue = queue.filter(({ until }) => Date.now() < until);
     if (status.state === "open" && socket?.readyState === 1) transmit(message);
@@ -257,8 +255,8 @@ export function connect<Incoming = unknown, Outgoing = unknown>(options: Options
   }
   /** The slots that were seen, ascending. */
   function members(): Member[] {
-    const known = [...slots].sort(([a], [b]) => a - b);
-    return known.map(([index, here]) => ({ index, away: !here, me: index === me, host: index === host }));
+    const known = [...slots].map(([index, here]) => ({ index, away: !here, me: index === me, host: index === host }));
+    return known.sort((a, b) => a.index - b.index);
   }
   /** @returns what ends the subscription */
   function on<T extends keyof Events>(type: T, listener: (event: Events<Incoming>[T]) => void): () => void {
