@@ -1,12 +1,8 @@
-/**
- * What axe-core, the accessibility checker, says of the demo's screens, and how they look with few players. axe-core comes from
- * npm, into a temporary directory.
- */
+/** What axe-core, the accessibility checker, says of the demo's screens. It comes from npm, into a temporary directory. */
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { whyNoBrowser } from "../shared/browser.ts";
 import { temporaryDirectory } from "../shared/directory.ts";
 import { run } from "../shared/processes.ts";
-import { faultsOf } from "./inspect.ts";
 import { walk } from "./tour.ts";
 
 const AXE = "axe-core@4.14.1";
@@ -39,16 +35,4 @@ describe.skipIf(missing !== undefined)(`axe-core${missing ?? ""}`, () => {
     });
     expect(found).toEqual([]);
   }, 60_000);
-});
-
-describe.skipIf(whyNoBrowser !== undefined)(`screens${whyNoBrowser ?? ""}`, () => {
-  test.each([1, 4, 12])(
-    "with %d players are readable, and no button is out of reach",
-    async (players) => {
-      const faults: string[] = [];
-      await walk(players, 1, async (...state) => void faults.push(...(await faultsOf(...state))));
-      expect(faults).toEqual([]);
-    },
-    60_000,
-  );
 });

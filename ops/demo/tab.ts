@@ -27,7 +27,7 @@ export class Tab {
     return this.#view.navigate("about:blank");
   }
   async open(url: string): Promise<void> {
-    await this.blank(); // a change of the hash alone would load nothing
+    await this.blank(); // a change of the hash alone would load nothing, and a new tab has no size yet
     await this.resize(this.#size);
     await this.#view.navigate(url);
   }
