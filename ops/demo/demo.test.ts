@@ -131,7 +131,7 @@ describe("the ending", () => {
     expect(winners(game)).toEqual([2, 4]);
   });
 
-  test("has no winner where nobody scored", () => {
+  test("has no winner if nobody scored", () => {
     expect(winners({ ...game, players: { 1: player(0), 2: player(0) } })).toEqual([]);
   });
 
@@ -184,7 +184,7 @@ describe("bun run demo", () => {
   }
   const health = (relay: string) => fetch(`${relay}health`).then((answer) => answer.json());
 
-  test("serves the page and starts a relay where none answers", async () => {
+  test("serves the page and starts a relay if none answers", async () => {
     await using demo = await start({ PORT: "0" });
     expect(demo.said).toContain("started here");
     const html = await (await fetch(demo.page!)).text();

@@ -57,7 +57,7 @@ export function newRound(): string {
   return Array.from(crypto.getRandomValues(new Uint32Array(3)), (part) => part.toString(36)).join("");
 }
 
-/** @returns the player in that slot, added where it is new */
+/** @returns the player in that slot, added if it is new */
 export function playerOf(game: Game, slot: number): Player {
   return (game.players[slot] ??= { name: "", score: 0 });
 }
@@ -76,7 +76,7 @@ export function standings(game: Game): { slot: number; place: number; score: num
   return playing.map((slot, i) => ({ slot, place: 1 + scores.indexOf(scores[i]!), score: scores[i]! }));
 }
 
-/** @returns the slots that won; none where nobody has a point */
+/** @returns the slots that won; none if nobody has a point */
 export function winners(game: Game): number[] {
   return standings(game).flatMap(({ slot, place, score }) => (place === 1 && score > 0 ? [slot] : []));
 }
@@ -108,7 +108,7 @@ export function wins(game: Game, from: number, data: unknown): boolean {
   return game.round !== "" && isObject(data) && data.press === game.round;
 }
 
-/** @returns the name that a guest's message gives, or undefined where it gives none */
+/** @returns the name that a guest's message gives, or undefined if it gives none */
 export function parseName(data: unknown): string | undefined {
   return isObject(data) && typeof data.name === "string" ? cleanName(data.name) : undefined;
 }
@@ -131,7 +131,7 @@ export function cleanName(text: string): string {
   return name.trim();
 }
 
-/** @returns the game in a state, or undefined where it is none */
+/** @returns the game in a state, or undefined if it is none */
 export function parseGame(data: unknown): Game | undefined {
   if (!isObject(data) || !isObject(data.players) || !Array.isArray(data.out)) return undefined;
   const { phase, round, question, winner, reactionMs } = data;

@@ -4,7 +4,7 @@ import { qrCode, qrSvg } from "./qr.ts";
 const missing = Bun.which("zbarimg") ? "" : " (skipped: no zbarimg on this machine, Debian's zbar-tools)";
 const ADDRESS = "http://192.168.0.7:8080/#K7bQx2";
 
-/** What a reader of another make reads; empty where it finds no code. */
+/** What a reader of another make reads; empty if it finds no code. */
 function read(modules: boolean[][], zoom = 4): string {
   const light = Array<boolean>(4).fill(false);
   const border = Array<boolean[]>(4).fill(Array<boolean>(modules.length + 8).fill(false));

@@ -24,7 +24,7 @@ const MASKS: ((y: number, x: number) => boolean)[] = [
   (y, x) => (((y + x) % 2) + ((y * x) % 3)) % 2 === 0,
 ];
 
-/** @throws where the text is too long */
+/** @throws if the text is too long */
 export function qrCode(text: string): boolean[][] {
   const bytes = new TextEncoder().encode(text);
   for (const [i, blocks] of BLOCKS.entries()) {
@@ -123,7 +123,7 @@ function versionModules(version: number, size: number): [y: number, x: number][]
   });
 }
 
-/** Mode, length, bytes and padding; undefined where they are more than `room` codewords. */
+/** Mode, length, bytes and padding; undefined if they are more than `room` codewords. */
 function dataCodewords(bytes: Uint8Array, version: number, room: number): number[] | undefined {
   const lengthBytes = version < 10 ? 1 : 2;
   if (bytes.length + lengthBytes + 1 > room) return undefined; // the mode and the end of the text are half a codeword each

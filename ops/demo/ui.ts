@@ -26,12 +26,12 @@ export function byId<T extends HTMLElement = HTMLElement>(id: string): T {
   return document.getElementById(id) as T;
 }
 
-/** Sets text where it changes: screen readers repeat what is set again. */
+/** Sets text if it changes: screen readers repeat what is set again. */
 export function setText(element: Element, text: string): void {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Shows the question, smaller where it is long. */
+/** Shows the question, smaller if it is long. */
 export function setQuestion(element: Element, question: string): void {
   setText(element, question);
   element.classList.toggle("long", question.length > LONG);
@@ -101,7 +101,7 @@ export function openSheet(title: string, text: string, link?: string, action?: {
   byId("sheetClose").focus();
 }
 
-/** Closes the sheet where it is open. */
+/** Closes the sheet if it is open. */
 export function closeSheet(): void {
   byId<HTMLDialogElement>("sheet").close();
 }
