@@ -302,7 +302,7 @@ describe("pings and pongs that nobody asked for", () => {
 });
 
 describe("a dead peer", () => {
-  test("is cut within 20 s, also where somebody sends every 100 ms", async () => {
+  test("is cut within 20 s, also if somebody sends every 100 ms", async () => {
     const clock = new TestClock();
     await using relay = testRelay({ clock });
     const host = await Client.open(relay.url);
