@@ -403,7 +403,7 @@ const CAP_LOG_MS = 60_000;
 
 // A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const SLICE_BYTES = 8 * MIB; // that go to a room without a look at memory
+const LARGE_BYTES = 4 * MIB; // that one frame may send at once to all members of a room
 const CALL_WORK = 6; // a system call: one for each member to whom a room's frames of a turn go
 const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
 const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
@@ -877,30 +877,19 @@ function write(socket: Socket, frame: string): void {
   delivered(socket.data.relay, 1, socket.sendText(frame), frame);
 }
 
-/** Sends a frame to the room's members, all but `except`. */
+/** Sends a frame to the room's members, all but `except`; after those that wait, and a large one to one member after the other. */
 function publish(room: Room, frame: string, except?: Socket): void {
+  const { relay, connected, flow } = room;
+  if (flow.outbox.length === 0 && frame.length * connected.size <= LARGE_BYTES) return publishNow(room, frame, except);
+  relay.turns.publishLater(room, frame, except);
+}
+
+function publishNow(room: Room, frame: string, except?: Socket): void {
   const { relay, code, connected } = room;
   const receivers = connected.size - (except === undefined ? 0 : 1);
-  if (frame.length * receivers > SLICE_BYTES) return publishInSlices(room, frame, except);
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
   room.published += delivered(relay, receivers, sent, frame);
   relay.turns.wake(room.flow, receivers);
-}
-
-/** Sends a frame of which too much might have to be kept for members that don't read; so memory is looked at in between. */
-function publishInSlices(room: Room, frame: string, except?: Socket): void {
-  const { relay } = room;
-  let unseen = 0;
-  for (const socket of [...room.connected.values()]) {
-    if (socket === except || socket.data.slot?.room !== room) continue;
-    const bytes = delivered(relay, 1, socket.sendText(frame), frame);
-    unseen += bytes;
-    if (unseen < SLICE_BYTES) continue;
-    unseen = 0;
-    relay.turns.settle(); // the room is in debt now: the others hear of who is cut when they all have this frame
-    relay.memory.look();
-  }
-  room.published += Buffer.byteLength(frame);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -1462,6 +1451,9 @@ class Bucket {
   }
 }
 
+/** A frame for a room's members, all but `except`. `rest` are those who haven't got it yet, if it goes to one after the other. */
+type Broadcast = { readonly frame: string; readonly except: Socket | undefined; readonly rest: Socket[] | undefined };
+
 /**
  * One of those who share the relay: a room, or an address with its sockets that are in no room. What is beyond its share of a turn
  * waits here, in order.
@@ -1475,13 +1467,13 @@ class Flow {
   wokenIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
-  /** Who left the room while there was no credit to say so. They come before any frame. */
-  readonly farewells: ServerMessage[] = [];
+  /** What the room's members are to be sent first, if there was no credit for it or it is large. */
+  readonly outbox: Broadcast[] = [];
 
   constructor(readonly room?: Room) {}
 
   get isBehind(): boolean {
-    return this.waiting.size > 0 || this.farewells.length > 0;
+    return this.waiting.size > 0 || this.outbox.length > 0;
   }
 }
 
@@ -1576,14 +1568,25 @@ class Turns {
   farewell(room: Room, message: ServerMessage): void {
     const { flow } = room;
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
-    if (!flow.isBehind && this.#hasCredit(flow)) return this.#sayFarewell(room, message);
-    flow.farewells.push(message);
-    this.#behind.add(flow);
+    if (flow.outbox.length > 0 || !this.#hasCredit(flow)) return this.publishLater(room, frameOf(message));
+    const before = this.work;
+    announce(room, message);
+    flow.credit -= this.work - before;
+  }
+
+  /** Sends a frame to a room's members when it is the room's turn, before anything else is handled for the room. */
+  publishLater(room: Room, frame: string, except?: Socket): void {
+    const isLarge = frame.length * room.connected.size > LARGE_BYTES;
+    const rest = isLarge ? [...room.connected.values()].filter((socket) => socket !== except) : undefined;
+    if (isLarge) room.published += Buffer.byteLength(frame);
+    room.flow.outbox.push({ frame, except, rest });
+    this.#behind.add(room.flow);
+    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
   /** Lets go of a room that is over. Who waited to join it is told so. */
   disband(flow: Flow): void {
-    flow.farewells.length = 0;
+    flow.outbox.length = 0;
     this.#behind.delete(flow);
     for (const socket of flow.waiting) this.#enqueue(socket, socket.data.flow);
     flow.waiting.clear();
@@ -1622,9 +1625,9 @@ class Turns {
 
   /** What has arrived is read. What waits gets its share in the next turn, which begins at once. */
   #end(): void {
+    this.#relay.memory.lookIfMuchWasSent();
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
-    this.#relay.memory.lookIfMuchWasSent();
     if (this.#behind.size === 0) return this.#restIfBusy(now);
     this.#begin(now);
     const enough = this.work + TURN_WORK;
@@ -1638,12 +1641,8 @@ class Turns {
 
   /** Handles what waits for a flow, for its share. */
   #serve(flow: Flow, now: number): void {
-    while (flow.room !== undefined && this.#hasCredit(flow)) {
-      const farewell = flow.farewells.shift();
-      if (farewell === undefined) break;
-      this.#sayFarewell(flow.room, farewell);
-    }
-    if (flow.farewells.length > 0) return;
+    if (flow.room !== undefined) this.#sendOutbox(flow.room);
+    if (flow.outbox.length > 0) return;
     for (;;) {
       const socket = first(flow.waiting);
       const [frame] = socket?.data.queue ?? [];
@@ -1656,10 +1655,20 @@ class Turns {
     }
   }
 
-  #sayFarewell(room: Room, message: ServerMessage): void {
-    const before = this.work;
-    announce(room, message);
-    room.flow.credit -= this.work - before;
+  /** Sends what a room's members are to get first. A large frame waits while memory that was freed is still falling. */
+  #sendOutbox(room: Room): void {
+    const { flow } = room;
+    this.#payer = flow;
+    for (this.#settledAt = this.work; this.#hasCredit(flow); this.settle()) {
+      const [broadcast] = flow.outbox;
+      if (broadcast === undefined || (broadcast.rest !== undefined && this.#relay.memory.isFalling)) break;
+      const { frame, except, rest } = broadcast;
+      const socket = rest?.pop();
+      if (socket?.data.slot?.room === room) write(socket, frame);
+      if (rest === undefined) publishNow(room, frame, except);
+      if (rest === undefined || rest.length === 0) flow.outbox.shift();
+    }
+    this.#payer = undefined;
   }
 
   #hasCredit(flow: Flow): boolean {
@@ -1916,6 +1925,11 @@ class Memory {
     if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
   }
 
+  /** What was cut may still be in the figure. */
+  get isFalling(): boolean {
+    return this.#cuts.length > 0;
+  }
+
   /** Cuts what is above the limit. @returns in how many ms to look again */
   look(): number {
     const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
@@ -1932,6 +1946,7 @@ class Memory {
     this.#cuts = this.#cuts.filter(({ until }) => until > now);
     const excess = used - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
+    if (this.isFalling) return LOOK_LEAST_MS;
     return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
   }
 
