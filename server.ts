@@ -424,6 +424,7 @@ const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished me
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
+const LOOK_FRAMES = 2048; // of one socket that wait, between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -1524,7 +1525,10 @@ class Turns {
   /** Takes a frame that was read: handles it, or lets it wait. */
   received(socket: Socket, frame: string | Buffer, now: number): void {
     const session = socket.data;
-    if (session.queue !== undefined) return void session.queue.push(frame);
+    if (session.queue !== undefined) {
+      if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
+      return;
+    }
     if (!this.#isUnderWay) this.#begin(now);
     const { flow } = session;
     if (!flow.isBehind && this.#mayHandle(flow, frame)) this.#handle(socket, frame, flow, now);
