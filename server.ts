@@ -404,7 +404,8 @@ const CAP_LOG_MS = 60_000;
 // A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
 const LARGE_BYTES = 4 * MIB; // that one frame may send at once to all members of a room
-const CALL_WORK = 6; // a system call: one for each member to whom a room's frames of a turn go
+const CALL_WORK = 6; // a system call: one for each frame to one socket, and for each member to whom a room's frames of a turn go
+const SIT_WORK = 20; // a member that sits down
 const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
 const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
 const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
@@ -875,7 +876,9 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
 }
 
 function write(socket: Socket, frame: string): void {
-  delivered(socket.data.relay, 1, socket.sendText(frame), frame);
+  const { relay } = socket.data;
+  delivered(relay, 1, socket.sendText(frame), frame);
+  relay.turns.work += CALL_WORK;
 }
 
 /** Sends a frame to the room's members, all but `except`; after those that wait, and a large one to one member after the other. */
@@ -921,6 +924,7 @@ function sit(socket: Socket, slot: Slot): void {
   session.bucket.fullAt = Math.max(session.bucket.fullAt, slot.bucketFullAt);
   session.origin.clients++;
   relay.clients++;
+  relay.turns.work += SIT_WORK;
   socket.subscribe(room.code);
 }
 
@@ -1573,9 +1577,12 @@ class Turns {
     const { flow } = room;
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
     if (flow.outbox.length > 0 || !this.#hasCredit(flow)) return this.publishLater(room, frameOf(message));
-    const before = this.work;
+    const payer = this.#payer;
+    this.settle();
+    this.#payer = flow;
     announce(room, message);
-    flow.credit -= this.work - before;
+    this.settle();
+    this.#payer = payer;
   }
 
   /** Sends a frame to a room's members when it is the room's turn, before anything else is handled for the room. */
