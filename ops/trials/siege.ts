@@ -46,13 +46,18 @@ type Row = {
 /** A process that is told something in a line, and answers in one. */
 class Part extends Child {
   #taken = 0;
+  #isOver = false;
+
+  constructor(command: string[]) {
+    super(command);
+    void this.exited.then(() => (this.#isOver = true));
+  }
 
   /** The next line that it prints. @throws if it ends before, or `ms` pass */
   async next(ms: number): Promise<string> {
     const index = this.#taken++;
     const look = async (): Promise<string> => {
-      for (; this.lines.length <= index; await Bun.sleep(5))
-        if (this.exitCode !== null) throw new Error("it ended before it answered");
+      for (; this.lines.length <= index; await Bun.sleep(5)) if (this.#isOver) throw new Error("it ended before it answered");
       return this.lines[index] as string;
     };
     return within(look(), "its answer", ms);
@@ -101,6 +106,8 @@ async function siege(name: string, attack: Attack, options: Options): Promise<Ro
   await using neighbour = new Part([...neighbourPlace, ...script("neighbour"), relayUrl]);
   await neighbour.next(PATIENCE_MS);
 
+  let ended: number | undefined;
+  void relay?.exited.then((code) => (ended = code));
   const memoryNow = () => (relay === undefined ? undefined : memoryOf(relay.pid));
   const before = memoryNow()?.now ?? NaN;
   let peak = before;
@@ -116,6 +123,7 @@ async function siege(name: string, attack: Attack, options: Options): Promise<Ro
   try {
     await using attackers = new Part([...attackersPlace, ...script("attacks"), name, relayUrl, String(seconds)]);
     outcome = await beginAndEnd(attackers, neighbour, seconds).catch(({ message }: Error) => ({ text: message, held: false }));
+    clearInterval(progress);
     report = await neighbour.ask<Report>("report", WAIT_MS).catch(() => undefined);
   } finally {
     clearInterval(progress);
@@ -128,15 +136,14 @@ async function siege(name: string, attack: Attack, options: Options): Promise<Ro
   await Bun.sleep(PLAY_MS);
   const later = await neighbour.ask<Report>("report", WAIT_MS).catch(() => undefined);
 
-  const ended = relay?.exitCode;
   const unhurt = (seen: Report | undefined) => seen !== undefined && seen.lost === 0 && seen.cut === 0;
   const words = [
-    ended === null || ended === undefined ? "" : ended === KILLED ? "**killed**" : `**ended with code ${ended}**`,
+    ended === undefined ? "" : ended === KILLED ? "**killed**" : `**ended with code ${ended}**`,
     outcome.text,
     isBack || attack.memory === undefined ? "" : "memory didn't come back",
-    unhurt(later) || ended !== null ? "" : "the neighbour couldn't go on",
+    unhurt(later) || ended !== undefined ? "" : "the neighbour couldn't go on",
   ];
-  const lives = relay === undefined || ended === null;
+  const lives = ended === undefined;
   const held = outcome.held && lives && isBack && unhurt(report) && unhurt(later) && (report?.worstMs ?? NaN) <= WORST_MS;
   const memory = relay && { before, peak, after };
   return { name, report, memory, text: words.filter(Boolean).join("; "), held };
@@ -161,15 +168,14 @@ const mebi = (bytes: number): string => (Number.isNaN(bytes) ? "–" : (bytes / 
 
 /** The rows in Markdown. */
 function table(rows: Row[]): string {
-  const head = ["attack", "worst ms", "p99 ms", "lost", "MiB before", "at most", "after", "what became of it"];
+  const head = ["attack", "worst ms", "p99 ms", "own ms", "lost", "MiB before", "at most", "after", "what became of it"];
   const cells = rows.map(({ name, report, memory, text, held }) => {
     const sizes = [memory?.before, memory?.peak, memory?.after].map((bytes) => mebi(bytes ?? NaN));
     const lost = report === undefined ? "all" : `${report.lost} of ${report.sent * NEIGHBOURS}`;
-    return [name, ms(report?.worstMs), ms(report?.p99Ms), lost, ...sizes, `${held ? "" : "✗ "}${text}`];
+    return [name, ms(report?.worstMs), ms(report?.p99Ms), ms(report?.ownMs), lost, ...sizes, `${held ? "" : "✗ "}${text}`];
   });
-  const own = Math.max(...rows.map(({ report }) => report?.ownMs ?? 0));
   const lines = [head, head.map(() => "---"), ...cells].map((row) => `| ${row.join(" | ")} |`);
-  return `${lines.join("\n")}\n\nThe neighbour's own timer was late by ${ms(own)} ms at most; ✗: not as promised.`;
+  return `${lines.join("\n")}\n\nown: how late the neighbour's own timer was at worst; ✗: not as promised`;
 }
 
 const USAGE = `bun run siege [--attack NAME,…] [--seconds N] [--server PATH | --url http://…]
