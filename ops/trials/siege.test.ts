@@ -3,7 +3,7 @@
  * About 8 s.
  */
 import { describe, expect, test } from "bun:test";
-import type { Siblings } from "../../server.ts";
+import { flyCluster, type Siblings } from "../../server.ts";
 import { Client } from "../shared/client.ts";
 import { RelayProcess } from "../shared/processes.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
@@ -54,14 +54,15 @@ async function heardBefore(member: Member): Promise<number> {
 describe("while a room floods", () => {
   const SIZE = 40;
   const to = Array.from({ length: SIZE + 1 }, (_, i) => i);
+  const FEW = 100; // each goes to every member by itself, which is slow
   const targeted = Buffer.concat(
-    Array.from({ length: BURST }, (_, data) => clientFrame(JSON.stringify({ type: "send", to, data }))),
+    Array.from({ length: FEW }, (_, data) => clientFrame(JSON.stringify({ type: "send", to, data }))),
   );
 
   test.each([
-    ["to everybody", flood(BURST), SIZE - 1],
-    ["to a list of members", targeted, SIZE],
-  ])(`a message in another room comes before %s of it is through, and nothing is lost`, async (_, bytes, heardOf) => {
+    ["to everybody", flood(BURST), BURST, SIZE - 1],
+    ["to lists of members", targeted, FEW, SIZE],
+  ])("%s, another room's message comes before it is through, and nothing is lost", async (_, bytes, frames, senders) => {
     await using relay = testRelay();
     const flooders = await crowd(relay.url, SIZE);
     const listener = await listen(relay.url, flooders);
@@ -70,12 +71,12 @@ describe("while a room floods", () => {
     for (const { raw } of flooders) raw.write(bytes);
     host.send({ type: "send", data: "me, too" });
     expect(await guest.next()).toMatchObject({ data: "me, too" });
-    expect(await heardBefore(listener)).toBeLessThan(SIZE * BURST);
-    const through = () =>
-      listener.frames.count >= SIZE * BURST && flooders.every(({ frames }) => frames.count >= heardOf * BURST);
-    await until("everybody to have heard everything", through);
-    expect(listener.frames.count).toBe(SIZE * BURST);
-    expect(flooders.map(({ frames }) => frames.count)).toEqual(Array(SIZE).fill(heardOf * BURST));
+    expect(await heardBefore(listener)).toBeLessThan(SIZE * frames);
+    const heard = () => flooders.map((flooder) => flooder.frames.count);
+    const all = () => listener.frames.count >= SIZE * frames && heard().every((count) => count >= senders * frames);
+    await until("everybody to have heard everything", all);
+    expect(listener.frames.count).toBe(SIZE * frames);
+    expect(heard()).toEqual(Array(SIZE).fill(senders * frames));
     expect(faults).toEqual([]);
   });
 
@@ -122,56 +123,6 @@ describe("while a room floods", () => {
     expect(left.toSorted((a, b) => a - b)).toEqual(others.map(({ index }) => index).toSorted((a, b) => a - b));
     const heard = (await joiner.soFar()).map(({ index }) => index);
     expect(heard.toSorted((a, b) => a - b)).toEqual(peers.slice(1));
-  });
-});
-
-describe("a member with a burst", () => {
-  const RATE = 100;
-  const ALLOWED = 2 * RATE - 1; // the join took one
-
-  async function scene() {
-    const clock = new TestClock();
-    const relay = testRelay({ clock, maxMessagesPerSecond: RATE });
-    const witness = await Client.open(relay.url);
-    const room = await witness.create();
-    const sit = async (): Promise<RawSocket> => {
-      const raw = await RawSocket.open(relay.url);
-      raw.send({ type: "join", clientId: "again", room });
-      expect((await raw.next()).type).toBe("joined");
-      return raw;
-    };
-    const heard: unknown[] = [];
-    const hear = async () =>
-      heard.push(...(await witness.soFar()).flatMap(({ type, data }) => (type === "message" ? [data] : [])));
-    return { clock, sit, witness, heard, hear, [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose]() };
-  }
-
-  test("that resets is heard no more, its queue is discarded", async () => {
-    await using at = await scene();
-    const raw = await at.sit();
-    raw.write(flood(600));
-    await until("the burst", async () => (await at.hear()) >= ALLOWED);
-    raw.reset();
-    let frame = await at.witness.next();
-    for (; frame.type !== "peer_left"; frame = await at.witness.next()) at.heard.push(frame.data);
-    at.clock.advance(10_000);
-    await at.hear();
-    expect(at.heard).toEqual(Array.from({ length: ALLOWED }, (_, n) => n));
-  });
-
-  test("has no other by coming back, however it goes", async () => {
-    await using at = await scene();
-    const goodbye = clientFrame(Buffer.from([3, 232]), { opcode: 8 });
-    const ways = [(raw: RawSocket) => raw.end(), (raw: RawSocket) => raw.write(goodbye), (raw: RawSocket) => raw.reset()];
-    for (const go of [...ways, ...ways]) {
-      const raw = await at.sit();
-      raw.write(flood(600));
-      await at.hear();
-      go(raw);
-      await at.hear();
-    }
-    expect(at.heard.length).toBeGreaterThanOrEqual(ALLOWED - ways.length * 2);
-    expect(at.heard.length).toBeLessThanOrEqual(ALLOWED);
   });
 });
 
@@ -260,8 +211,8 @@ test("a stranger's hundred rooms full of absent players make no other room forge
   host.send({ type: "set_room", locked: true });
   await host.soFar();
 
-  const ROOMS = 105;
-  const VISITS = 1_000;
+  const ROOMS = 105; // 100,800 visits: 800 more than all rooms together remember
+  const VISITS = 960;
   const holders = await many(ROOMS, () => Member.sit(url, { type: "create", clientId: "holder", maxClients: 1000 }));
   const visitors = await many(ROOMS, () => Member.open(url));
   visitors.forEach(({ raw }, i) => {
@@ -272,7 +223,7 @@ test("a stranger's hundred rooms full of absent players make no other room forge
     ]);
     raw.write(Buffer.concat(frames.flat()));
   });
-  await until("105,000 visits", () => visitors.every(({ frames }) => frames.count === 2 * VISITS), 2 * PATIENCE_MS);
+  await until("100,800 visits", () => visitors.every(({ frames }) => frames.count === 2 * VISITS), 2 * PATIENCE_MS);
 
   expect(await come("player")).toMatchObject({ type: "joined", index: 1, resumed: true });
   expect(await come("villain")).toMatchObject({ code: "kicked" });
@@ -280,7 +231,6 @@ test("a stranger's hundred rooms full of absent players make no other room forge
 }, 30_000);
 
 describe("on Fly.io, an address that guesses", () => {
-  const fly = { flyApp: "app", flyRegion: "fra", instance: "me", region: "fra", addressHeader: "X-Forwarded-For" };
   /** One sibling has what ends with `z`, the other is silent. */
   const siblings: Siblings = {
     list: () => Promise.resolve(["silent", "b"]),
@@ -289,6 +239,7 @@ describe("on Fly.io, an address that guesses", () => {
       return new Promise((_, reject) => signal.addEventListener("abort", () => reject(new Error("aborted"))));
     },
   };
+  const fly = { cluster: flyCluster("fra", siblings), codeRegion: "fra", addressHeader: "X-Forwarded-For" };
   const look = async (url: string, code: string, address: string): Promise<number> => {
     const headers = { "X-Forwarded-For": address };
     return (await fetch(`${url}/room/${code}`, { headers, redirect: "manual", keepalive: false })).status;
@@ -299,10 +250,11 @@ describe("on Fly.io, an address that guesses", () => {
 
   test("is locked out for what it was refused, too, and finds no room then; others do", async () => {
     const clock = new TestClock();
-    await using relay = testRelay({ ...fly, siblings, clock, maxMissesPerMinute: 20 });
+    await using relay = testRelay({ ...fly, clock, maxMissesPerMinute: 20 });
     const planted = await (await Client.open(relay.url, HONEST)).create();
     const waiting = clock.pending;
-    const searches = Array.from({ length: 8 }, (_, n) => look(relay.url, another(planted, n), "203.0.113.7"));
+    const searches = Promise.all(Array.from({ length: 8 }, (_, n) => look(relay.url, another(planted, n), "203.0.113.7")));
+    searches.catch(() => {}); // if this fails before they are awaited
     await until("eight searches", () => clock.pending === waiting + 8);
     const refused: number[] = [];
     for (let n = 8; n < 40; n++) refused.push(await look(relay.url, another(planted, n), "203.0.113.7"));
@@ -311,19 +263,20 @@ describe("on Fly.io, an address that guesses", () => {
     expect(await look(relay.url, planted, "203.0.113.7")).toBe(429);
     expect(await look(relay.url, planted, "198.51.100.1")).toBe(200);
     clock.advance(1_000);
-    await Promise.all(searches);
+    await searches;
   });
 
   test("leaves searches to others, however many of its /64s ask", async () => {
     const clock = new TestClock();
-    await using relay = testRelay({ ...fly, siblings, clock });
+    await using relay = testRelay({ ...fly, clock });
     const local = await (await Client.open(relay.url, HONEST)).create();
     const waiting = clock.pending;
-    const asked = Array.from({ length: 64 }, (_, n) => look(relay.url, another(local, n), `2001:db8:0:${n % 8}::1`));
+    const asked = Promise.all(Array.from({ length: 64 }, (_, n) => look(relay.url, another(local, n), `2001:db8:0:${n % 8}::1`)));
+    asked.catch(() => {}); // as above
     await until("eight searches", () => clock.pending >= waiting + 8);
     expect(await look(relay.url, another(local, 64, "z"), "198.51.100.1")).toBe(409);
     clock.advance(1_000);
-    const statuses = await Promise.all(asked);
+    const statuses = await asked;
     expect(statuses.filter((status) => status === 404)).toHaveLength(8);
     expect(statuses.filter((status) => status === 503)).toHaveLength(56);
   });
@@ -348,7 +301,7 @@ describe("GET /metrics", () => {
 
   test("is made at most once a second", async () => {
     const clock = new TestClock();
-    await using relay = testRelay({ clock });
+    await using relay = testRelay({ clock, metricsMs: 1_000 });
     const scrape = async () => (await fetch(`${relay.url}/metrics`, { keepalive: false })).text();
     const before = await scrape();
     await (await Client.open(relay.url)).create();

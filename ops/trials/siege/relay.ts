@@ -14,5 +14,8 @@ const siblings: Siblings = {
 
 const [server = ""] = Bun.argv.slice(2);
 const { configFromEnv, startRelay } = (await import(server)) as typeof import("../../../server.ts");
-const { port } = startRelay({ ...configFromEnv(process.env), siblings });
+const config = configFromEnv(process.env);
+const cluster = config.cluster && { ...config.cluster, siblings };
+const older = { siblings }; // where relays before `cluster` look for them, to compare with
+const { port } = startRelay({ ...config, ...older, cluster });
 console.log(`listening port=${port}`);
