@@ -136,14 +136,14 @@ async function siege(name: string, attack: Attack, options: Options): Promise<Ro
   await Bun.sleep(PLAY_MS);
   const later = await neighbour.ask<Report>("report", WAIT_MS).catch(() => undefined);
 
+  const lives = ended === undefined;
   const unhurt = (seen: Report | undefined) => seen !== undefined && seen.lost === 0 && seen.cut === 0;
   const words = [
     ended === undefined ? "" : ended === KILLED ? "**killed**" : `**ended with code ${ended}**`,
     outcome.text,
-    isBack || attack.memory === undefined ? "" : "memory didn't come back",
-    unhurt(later) || ended !== undefined ? "" : "the neighbour couldn't go on",
+    isBack || !lives ? "" : "memory didn't come back",
+    unhurt(later) || !lives ? "" : "the neighbour couldn't go on",
   ];
-  const lives = ended === undefined;
   const held = outcome.held && lives && isBack && unhurt(report) && unhurt(later) && (report?.worstMs ?? NaN) <= WORST_MS;
   const memory = relay && { before, peak, after };
   return { name, report, memory, text: words.filter(Boolean).join("; "), held };
