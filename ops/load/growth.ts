@@ -2,13 +2,12 @@
  * How the cost of a delivery grows: the same traffic with more members a room, more rooms, larger messages, or more silent
  * sockets beside it; a run for each of some rising values, and a plot of them.
  *
- *     bun run growth clients --plot clients.svg
- *     bun run growth bytes --seconds 2 --vs "bun run ops/load/floor.ts"
+ *     bun run growth --by clients --plot clients.svg
+ *     bun run growth --by bytes --seconds 2 --vs "bun run ops/load/floor.ts"
  *
  * `--help` lists the flags. Exit codes are those of `bun run load`, which measures one such point.
  */
-import { parseArgs } from "node:util";
-import { badUsage } from "../shared/flags.ts";
+import { readFlags } from "../shared/flags.ts";
 import { CPU_A_DELIVERY, measure, median } from "./compare.ts";
 import { Flags, type Scenario, SHARED_FLAGS, SHARED_HELP } from "./options.ts";
 import { plotSvg } from "./plot.ts";
@@ -18,14 +17,14 @@ import type { Result } from "./run.ts";
 import { pinTool } from "./target.ts";
 import { leastBytes } from "./wire.ts";
 
-const USAGE = "bun run growth rooms|clients|bytes|sockets [flags]; --help lists them";
-const HELP = `bun run growth WHAT [flags]
+const USAGE = "bun run growth --by rooms|clients|bytes|sockets [flags]; --help lists them";
+const HELP = `bun run growth [flags]
 
-WHAT rises, and what stays the same
-  clients              members a room; members and deliveries a second in all
-  rooms                rooms (of 4 unless --clients says otherwise); messages a second in all
-  bytes                size of \`data\`; saturated unless --rate says otherwise
-  sockets              idle ones beside the traffic; the traffic
+what rises
+  --by clients         members a room; members and deliveries a second in all stay the same
+  --by rooms           rooms (of 4 unless --clients says otherwise); messages a second in all stay the same
+  --by bytes           size of \`data\`; saturated unless --rate says otherwise
+  --by sockets         idle ones beside the traffic, which stays the same
 
 ${SHARED_HELP}
 
@@ -108,12 +107,10 @@ async function main(): Promise<number> {
     console.log(HELP);
     return 0;
   }
-  const { values: flags, positionals } = parse();
+  const flags = readFlags(USAGE, { ...SHARED_FLAGS, by: { type: "string" }, plot: { type: "string" } });
   const read = new Flags(USAGE);
-  const [what = "", ...more] = positionals;
-  if (more.length > 0 || !(what in LABELS)) read.fault(`the first word is one of ${Object.keys(LABELS).join(", ")}`);
-  const growth = what as Growth;
-  if (growth === "bytes" && flags.bytes !== undefined) read.fault("bytes and --bytes exclude each other");
+  const growth = read.oneOf("by", flags.by ?? "", Object.keys(LABELS) as Growth[]);
+  if (growth === "bytes" && flags.bytes !== undefined) read.fault("--by bytes and --bytes exclude each other");
   const scenario = read.scenario(flags, "traffic", DEFAULTS[growth]);
   const [targets, runs] = [read.targets(flags), read.runs(flags, flags.vs === undefined ? 1 : 3)];
   pinTool(targets);
@@ -139,14 +136,6 @@ async function main(): Promise<number> {
     await Bun.write(flags.plot, plotSvg(title, machine(targets), LABELS[growth], CPU_A_DELIVERY.name, curves));
   }
   return points.every(({ results }) => results.flat().every(({ ok }) => ok)) ? 0 : 1;
-}
-
-function parse() {
-  try {
-    return parseArgs({ options: { ...SHARED_FLAGS, plot: { type: "string" } }, allowPositionals: true });
-  } catch (error) {
-    return badUsage(USAGE, (error as Error).message);
-  }
 }
 
 for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(2));

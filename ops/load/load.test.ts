@@ -80,7 +80,7 @@ describe.concurrent("against the floor", () => {
     async () => {
       await using directory = await temporaryDirectory("growth");
       const plot = join(directory.path, "bytes.svg");
-      const growth = [process.execPath, "run", join(import.meta.dir, "growth.ts"), "bytes", "--server", FLOOR];
+      const growth = [process.execPath, "run", join(import.meta.dir, "growth.ts"), "--by", "bytes", "--server", FLOOR];
       const { exitCode, stdout } = await run([
         ...[...growth, "--rooms", "1", "--seconds", "0.1", "--warmup", "0", "--payload", "string", "--plot", plot],
       ]);
