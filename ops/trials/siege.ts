@@ -203,7 +203,7 @@ async function main(): Promise<void> {
     });
     if (row) rows.push(row);
   }
-  console.log([table(rows), ...untried].join("\n"));
+  console.log([...(rows.length > 0 ? [table(rows)] : []), ...untried].join("\n"));
   process.exit(untried.length > 0 ? 2 : rows.every(({ held }) => held) ? 0 : 1);
 }
 
