@@ -323,7 +323,7 @@ const ATTACKS: Record<string, Attack> = {
       if (room === undefined) return;
       const [guest, ...others] = crew.slice(1) as [RawSocket, ...RawSocket[]];
       guest.send({ type: "join", clientId: "guest", room });
-      await guest.next();
+      if ((await guest.next()).type !== "joined") return; // its address has guessed too often
       const offers = Array.from({ length: 1 + random.below(40) }, () => ({ type: "offer_slot", index: 1 }));
       raw.send({ type: "set_room", locked: random.chance(0.5) }, ...offers);
       const tokens: string[] = [];
