@@ -129,6 +129,7 @@ class Scene {
     }
     await this.#settle();
     for (const room of this.#rooms) this.#judge(room);
+    for (const room of this.#rooms) await this.#close(room);
     const metrics = await (await fetch(`${this.relay.url}/metrics`)).text();
     return {
       messages: this.#rooms.reduce((sum, { story }) => sum + story.length, 0),
@@ -302,27 +303,29 @@ class Scene {
 
   /** Lets time pass until all is said that must be. */
   async #settle(): Promise<void> {
-    const end = this.clock.now() + SETTLE_MS;
-    const until = async (what: () => string | undefined) => {
-      for (let missing = what(); missing !== undefined; missing = what()) {
-        if (this.clock.now() > end) this.#fail(`${missing}, after ${SETTLE_MS / 1000} s of the clock`);
-        await this.#pass(TICK_MS);
-        if (this.#failure !== undefined) throw this.#failure;
-      }
-    };
-    for (const room of this.#rooms) await until(() => this.#missing(room));
+    for (const room of this.#rooms) await this.#until(() => this.#missing(room));
     const open = this.#rooms.flatMap(({ witness, callers }) => [
       witness,
       ...[...callers.values()].filter((caller) => !caller.isClosed),
     ]);
     const pongs = open.map((caller) => caller.pongs);
     for (const { client } of open) client.send({ type: "ping" });
-    await until(() =>
+    await this.#until(() =>
       open.some((caller, i) => !caller.isClosed && caller.pongs === pongs[i]) ? "somebody's ping isn't answered" : undefined,
     );
     const clients = this.#rooms.reduce((sum, room) => sum + presentIn(room.story).size, ROOMS);
     const got = (await vitals(this.relay.url)).clients;
     if (got !== clients) this.#fail(`${got} members are connected; ${clients} by what the witnesses heard`);
+  }
+
+  /** Lets time pass until nothing is missing. */
+  async #until(what: () => string | undefined): Promise<void> {
+    const end = this.clock.now() + SETTLE_MS;
+    for (let missing = what(); missing !== undefined; missing = what()) {
+      if (this.clock.now() > end) this.#fail(`${missing}, after ${SETTLE_MS / 1000} s of the clock`);
+      await this.#pass(TICK_MS);
+      if (this.#failure !== undefined) throw this.#failure;
+    }
   }
 
   /** What a room waits for, if anything. */
@@ -342,6 +345,28 @@ class Scene {
     if (gone !== undefined) return `member ${gone} is there, and the others heard that it left`;
     if (ghost !== undefined) return `nobody heard that member ${ghost} left`;
     return undefined;
+  }
+
+  /** The host closes its room in the middle of an uproar: who is in it is closed, and who waits to join is told so. */
+  async #close(room: Room): Promise<void> {
+    while (this.#spare.length < 6) this.#spare.push(await Client.open(this.relay.url));
+    const joiners = this.#spare.splice(0);
+    room.bytes = 0;
+    const members = [...room.callers.values()].filter(({ stay }) => stay?.end === "none");
+    for (const caller of members) this.#burst(room, caller, caller.stay as Stay);
+    await this.#pass(0);
+    room.witness.client.send({ type: "close_room" });
+    for (const joiner of joiners) joiner.send({ type: "join", room: room.code, clientId: `q${this.#clientIds++}` });
+    let waiting = members.length + joiners.length;
+    for (const { client } of members) void client.closed.then(() => waiting--);
+    for (const joiner of joiners)
+      void joiner.next().then(async ({ type, code }) => {
+        if (type === "joined") await joiner.closed;
+        else if (code !== "room_not_found") this.#fail(`who came to a room that was closing got ${code}`);
+        waiting--;
+      });
+    await this.#until(() => (waiting > 0 ? `${waiting} heard nothing of the room's end` : undefined));
+    for (const joiner of joiners) joiner.terminate();
   }
 
   // ---- judging

@@ -807,7 +807,7 @@ const BAD_CLIENT_IDS = [TOO_LONG, '""', "null", "5", '["a"]', TOO_LONG, undefine
 const BAD_MAX_CLIENTS = ["10", "10", "0", "-1", "1.5", '"3"', "null", "true", "1e400", "1e300", "10", "[]"];
 const BAD_ROOMS = ['""', "null", "5", "[]", undefined];
 const BAD_INDICES = ["-1", "1.5", '"0"', "null", "true", "[0]", "99", "{}", undefined];
-const LINGERS = ["0", "1", "2", "5", "5.0", "20", "20", "300"];
+const LINGERS = ["0", "1", "2", "5", "5.0", "20", "60", "299", "300"];
 const GRACES = ["0", "1", "2", "5", "2e1", "20", "3600"];
 const BAD_CLAIMS = ["null", "5", "[]", '""', '"x"', `"${"A".repeat(22)}"`];
 const NOT_BOOLEAN = ["null", "0", '"true"', "[]"];
@@ -1137,6 +1137,7 @@ class Run {
         frames: 70,
         close: this.model.drainEnds === undefined ? 3 : 6,
         terminate: 1.5,
+        abandon: this.model.drainEnds === undefined ? 2.5 : 0,
         advance: 8,
         look: 4,
       })
@@ -1153,6 +1154,14 @@ class Run {
       }
       case "terminate":
         return this.#terminate(link);
+      case "abandon": {
+        // Of the rooms that linger then, several addresses have some.
+        const lingers = ({ twin }: Link) => (twin.slot?.room.linger ?? 0) > 20;
+        const [first] = [link, ...this.#links].filter(lingers);
+        for (const each of first === undefined ? [] : [...this.#mates(first), first])
+          if (this.#links.includes(each)) await this.#close(each);
+        return;
+      }
       case "advance":
         return this.#advance(this.#time());
       case "look":
@@ -1168,7 +1177,7 @@ class Run {
 
   async #open(): Promise<void> {
     const origin = this.dice.pick(ORIGINS);
-    const [header, address] = this.dice.pick(ADDRESSES);
+    const [header, address] = this.dice.pick(this.dice.chance(0.4) ? ADDRESSES.slice(0, 2) : ADDRESSES); // most from one
     const name = `#${++this.#opened}`;
     this.#note(`${name} opens, from ${address}`);
     const headers = { "X-Forwarded-For": header, ...(origin === undefined ? {} : { Origin: origin }) };
