@@ -401,16 +401,19 @@ const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
 
-// A unit of work is one frame handled or delivered, or 2 KiB of it: 0.3 to 1 µs where frames share system calls, up to 5 where not.
+// A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const TURN_WORK = 10_000; // in one turn, shared by the rooms: some 5 ms
-const LEAST_SHARE = 500; // of one room, however many there are: 60 frames among 8 members
+const LARGE_BYTES = 4 * MIB; // that one frame may send at once to all members of a room
+const CALL_WORK = 6; // a system call: one for each frame to one socket, and for each member to whom a room's frames of a turn go
+const SIT_WORK = 20; // a member that sits down
+const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
+const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
 const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
 const GOODBYE_MS = 5_000; // what is left of a socket that closed properly gets this long to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // a turn of this length has let frames gather by itself
-const REST_ABOVE = 80; // units of work a millisecond: from about a third of a core on, resting pays
+const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const REST_WINDOW_MS = 20; // over which that rate is taken
 
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
@@ -421,6 +424,8 @@ const EFFECT_MS = 300; // within which memory that was freed falls
 const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished messages
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
+const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
+const LOOK_FRAMES = 2048; // of one socket that wait, between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -865,19 +870,30 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
   const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
+  relay.turns.deliveries += receivers;
   relay.turns.work += receivers * (1 + bytes / WORK_BYTES);
   return bytes;
 }
 
 function write(socket: Socket, frame: string): void {
-  delivered(socket.data.relay, 1, socket.sendText(frame), frame);
+  const { relay } = socket.data;
+  delivered(relay, 1, socket.sendText(frame), frame);
+  relay.turns.work += CALL_WORK;
 }
 
-/** Sends a frame to the room's members, all but `except`. */
+/** Sends a frame to the room's members, all but `except`; after those that wait, and a large one to one member after the other. */
 function publish(room: Room, frame: string, except?: Socket): void {
+  const { relay, connected, flow } = room;
+  if (flow.outbox.length === 0 && frame.length * connected.size <= LARGE_BYTES) return publishNow(room, frame, except);
+  relay.turns.publishLater(room, frame, except);
+}
+
+function publishNow(room: Room, frame: string, except?: Socket): void {
   const { relay, code, connected } = room;
+  const receivers = connected.size - (except === undefined ? 0 : 1);
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
-  room.published += delivered(relay, connected.size - (except === undefined ? 0 : 1), sent, frame);
+  room.published += delivered(relay, receivers, sent, frame);
+  relay.turns.wake(room.flow, receivers);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -908,6 +924,7 @@ function sit(socket: Socket, slot: Slot): void {
   session.bucket.fullAt = Math.max(session.bucket.fullAt, slot.bucketFullAt);
   session.origin.clients++;
   relay.clients++;
+  relay.turns.work += SIT_WORK;
   socket.subscribe(room.code);
 }
 
@@ -1439,6 +1456,9 @@ class Bucket {
   }
 }
 
+/** A frame for a room's members, all but `except`. `rest` are those who haven't got it yet, if it goes to one after the other. */
+type Broadcast = { readonly frame: string; readonly except: Socket | undefined; readonly rest: Socket[] | undefined };
+
 /**
  * One of those who share the relay: a room, or an address with its sockets that are in no room. What is beyond its share of a turn
  * waits here, in order.
@@ -1448,15 +1468,17 @@ class Flow {
   credit = 0;
   /** The turn of which `credit` is. */
   turn = -1;
+  /** The turn in which its members were sent something last. */
+  wokenIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
-  /** Who left the room while there was no credit to say so. They come before any frame. */
-  readonly farewells: ServerMessage[] = [];
+  /** What the room's members are to be sent first, if there was no credit for it or it is large. */
+  readonly outbox: Broadcast[] = [];
 
   constructor(readonly room?: Room) {}
 
   get isBehind(): boolean {
-    return this.waiting.size > 0 || this.farewells.length > 0;
+    return this.waiting.size > 0 || this.outbox.length > 0;
   }
 }
 
@@ -1472,6 +1494,8 @@ class Flow {
 class Turns {
   /** Units of work done so far. Frames out add what they deliver. */
   work = 0;
+  /** Frames delivered so far. */
+  deliveries = 0;
   readonly #config: Config;
   readonly #relay: Relay;
   #turn = 0;
@@ -1485,13 +1509,15 @@ class Turns {
   #hadLarge = false;
   /** The flow that the frame in hand is charged to. */
   #payer: Flow | undefined;
+  /** The work for which somebody has been charged. */
+  #settledAt = 0;
   /** Flows that are behind, in rotation. */
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
-  /** The work until `#rateSince`. */
+  /** The deliveries until `#rateSince`. */
   #rateFrom = 0;
   #rateSince = 0;
 
@@ -1503,7 +1529,10 @@ class Turns {
   /** Takes a frame that was read: handles it, or lets it wait. */
   received(socket: Socket, frame: string | Buffer, now: number): void {
     const session = socket.data;
-    if (session.queue !== undefined) return void session.queue.push(frame);
+    if (session.queue !== undefined) {
+      if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
+      return;
+    }
     if (!this.#isUnderWay) this.#begin(now);
     const { flow } = session;
     if (!flow.isBehind && this.#mayHandle(flow, frame)) this.#handle(socket, frame, flow, now);
@@ -1525,23 +1554,50 @@ class Turns {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
   }
 
+  /** Counts the system calls of a room's first broadcast in a turn; later ones share them. */
+  wake(flow: Flow, receivers: number): void {
+    if (flow.wokenIn === this.#turn) return;
+    flow.wokenIn = this.#turn;
+    this.work += CALL_WORK * receivers;
+  }
+
   /** Charges the frame in hand to another flow than its socket's. */
   charge(flow: Flow): void {
     this.#payer = flow;
+  }
+
+  /** Charges what the frame in hand has cost so far. */
+  settle(): void {
+    if (this.#payer !== undefined) this.#payer.credit -= this.work - this.#settledAt;
+    this.#settledAt = this.work;
   }
 
   /** Tells a room's members who left, within the room's share. */
   farewell(room: Room, message: ServerMessage): void {
     const { flow } = room;
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
-    if (!flow.isBehind && this.#hasCredit(flow)) return this.#sayFarewell(room, message);
-    flow.farewells.push(message);
-    this.#behind.add(flow);
+    if (flow.outbox.length > 0 || !this.#hasCredit(flow)) return this.publishLater(room, frameOf(message));
+    const payer = this.#payer;
+    this.settle();
+    this.#payer = flow;
+    announce(room, message);
+    this.settle();
+    this.#payer = payer;
+  }
+
+  /** Sends a frame to a room's members when it is the room's turn, before anything else is handled for the room. */
+  publishLater(room: Room, frame: string, except?: Socket): void {
+    const isLarge = frame.length * room.connected.size > LARGE_BYTES;
+    const rest = isLarge ? [...room.connected.values()].filter((socket) => socket !== except) : undefined;
+    if (isLarge) room.published += Buffer.byteLength(frame);
+    room.flow.outbox.push({ frame, except, rest });
+    this.#behind.add(room.flow);
+    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
   /** Lets go of a room that is over. Who waited to join it is told so. */
   disband(flow: Flow): void {
-    flow.farewells.length = 0;
+    flow.outbox.length = 0;
     this.#behind.delete(flow);
     for (const socket of flow.waiting) this.#enqueue(socket, socket.data.flow);
     flow.waiting.clear();
@@ -1580,9 +1636,9 @@ class Turns {
 
   /** What has arrived is read. What waits gets its share in the next turn, which begins at once. */
   #end(): void {
+    this.#relay.memory.lookIfMuchWasSent();
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
-    this.#relay.memory.lookIfMuchWasSent(this.work);
     if (this.#behind.size === 0) return this.#restIfBusy(now);
     this.#begin(now);
     const enough = this.work + TURN_WORK;
@@ -1596,12 +1652,8 @@ class Turns {
 
   /** Handles what waits for a flow, for its share. */
   #serve(flow: Flow, now: number): void {
-    while (flow.room !== undefined && this.#hasCredit(flow)) {
-      const farewell = flow.farewells.shift();
-      if (farewell === undefined) break;
-      this.#sayFarewell(flow.room, farewell);
-    }
-    if (flow.farewells.length > 0) return;
+    if (flow.room !== undefined) this.#sendOutbox(flow.room);
+    if (flow.outbox.length > 0) return;
     for (;;) {
       const socket = first(flow.waiting);
       const [frame] = socket?.data.queue ?? [];
@@ -1614,10 +1666,20 @@ class Turns {
     }
   }
 
-  #sayFarewell(room: Room, message: ServerMessage): void {
-    const before = this.work;
-    announce(room, message);
-    room.flow.credit -= this.work - before;
+  /** Sends what a room's members are to get first. A large frame waits while memory that was freed is still falling. */
+  #sendOutbox(room: Room): void {
+    const { flow } = room;
+    this.#payer = flow;
+    for (this.#settledAt = this.work; this.#hasCredit(flow); this.settle()) {
+      const [broadcast] = flow.outbox;
+      if (broadcast === undefined || (broadcast.rest !== undefined && this.#relay.memory.isFalling)) break;
+      const { frame, except, rest } = broadcast;
+      const socket = rest?.pop();
+      if (socket?.data.slot?.room === room) write(socket, frame);
+      if (rest === undefined) publishNow(room, frame, except);
+      if (rest === undefined || rest.length === 0) flow.outbox.shift();
+    }
+    this.#payer = undefined;
   }
 
   #hasCredit(flow: Flow): boolean {
@@ -1636,20 +1698,19 @@ class Turns {
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
     if (this.#hadLarge) return false;
     this.#hadLarge = true;
-    if (flow.room !== undefined) this.#relay.memory.makeWay(flow.room, frame.length);
     return true;
   }
 
   #handle(socket: Socket, frame: string | Buffer, flow: Flow, now: number): void {
-    const before = this.work++;
     let waitsFor: Flow | undefined;
     this.#payer = flow;
+    this.#settledAt = this.work++;
     try {
       waitsFor = dispatch(socket, frame);
     } catch (error) {
       crashed(socket, error);
     }
-    this.#payer.credit -= this.work - before;
+    this.settle();
     this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
     this.takeToken(socket, now);
@@ -1706,8 +1767,8 @@ class Turns {
   #restIfBusy(now: number): void {
     const elapsed = now - this.#rateSince;
     if (elapsed >= REST_WINDOW_MS) {
-      this.#isBusy = this.work - this.#rateFrom > elapsed * REST_ABOVE;
-      this.#rateFrom = this.work;
+      this.#isBusy = this.deliveries - this.#rateFrom > elapsed * REST_ABOVE;
+      this.#rateFrom = this.deliveries;
       this.#rateSince = now;
     }
     if (this.#isBusy && now - this.#begunAt < LONG_TURN_MS) this.#config.clock.rest(REST_MS);
@@ -1862,42 +1923,41 @@ class Memory {
   /** What was cut, and the time (clock) until which that may still be in the figure. */
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
-  #lookedAtWork = 0;
+  #lookAtBytesOut = Infinity;
 
   constructor(relay: Relay) {
     this.#relay = relay;
     this.#base = relay.config.memory();
-    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.#look());
+    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.look());
   }
 
-  /** Looks if the frames sent since the last look may have filled a tenth of a small container. */
-  lookIfMuchWasSent(work: number): void {
-    if ((work - this.#lookedAtWork) * WORK_BYTES > 16 * MIB) this.#look();
+  /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
+  lookIfMuchWasSent(): void {
+    if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
   }
 
-  /** Before a large frame goes to a room: what can't leave at once has to fit. @param bytes of the frame */
-  makeWay(room: Room, bytes: number): void {
-    let kept = 0;
-    for (const socket of room.connected.values()) if (socket.getBufferedAmount() > 0) kept += bytes;
-    if (kept > 0) this.#look(kept);
+  /** What was cut may still be in the figure. */
+  get isFalling(): boolean {
+    return this.#cuts.length > 0;
   }
 
-  /** @returns in how many ms to look again */
-  #look(expected = 0): number {
+  /** Cuts what is above the limit. @returns in how many ms to look again */
+  look(): number {
     const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
     if (limit === 0) return LOOK_MOST_MS;
     const now = clock.now();
     let used = memory();
-    if (used + expected > limit && now >= this.#collectedAt + EFFECT_MS) {
+    if (used > limit && now >= this.#collectedAt + EFFECT_MS) {
       this.#collectedAt = now;
       Bun.gc(true); // garbage is nobody's
       used = memory();
     }
     this.isShort = used > limit;
-    this.#lookedAtWork = this.#relay.turns.work;
+    this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
     this.#cuts = this.#cuts.filter(({ until }) => until > now);
-    const excess = used + expected - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
+    const excess = used - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
+    if (this.isFalling) return LOOK_LEAST_MS;
     return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
   }
 
@@ -2203,6 +2263,7 @@ async function askAt(host: string, port: string | number, code: string, signal: 
   const answer = await fetch(`http://${isIP(host) === 6 ? `[${host}]` : host}:${port}/room/${code}`, {
     headers: { "X-Party-Probe": "1" },
     redirect: "manual",
+    proxy: false, // siblings are near, whatever HTTP_PROXY says
     keepalive: false, // a pooled connection that died would be tried twice
     signal,
   });

@@ -6,7 +6,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Clock, RelayHandle } from "../../server.ts";
 import { configFromEnv, systemClock } from "../../server.ts";
-import { Client, testRelay } from "../shared/testing.ts";
+import { Client } from "../shared/client.ts";
+import { testRelay } from "../shared/relay.ts";
 
 const nginx = Bun.which("nginx", { PATH: `${process.env.PATH}:/usr/sbin` });
 const whyNot = nginx === null ? " (skipped: no nginx on this machine)" : "";
