@@ -373,7 +373,7 @@ describe("a relay that is short of memory", () => {
     slow.pause();
     for (let i = 0; i < 60; i++) at.host.send({ type: "send", data: "x".repeat(200_000) }); // more than the kernel keeps
     await at.host.soFar();
-    for (let got = 0; got < 60; ) if ((await reader.next()).type === "message") got++;
+    for (let got = 0; got < 60;) if ((await reader.next()).type === "message") got++;
     at.exceed(1);
     expect(await at.host.soFar()).toEqual([{ type: "peer_left", index: 2 }]);
     for (const client of [roomless, reader])
