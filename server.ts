@@ -1983,16 +1983,20 @@ class Memory {
       if (bytes <= UNSENT_BYTES) break;
       cut(socket, bytes);
     }
-    const each = Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
+    /** What one socket holds on average that is in no figure. */
+    const average = () => Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
     for (const socket of [...relay.roomless]) {
       if (freed >= excess) return freed;
-      cut(socket, each);
+      cut(socket, average());
     }
+    const { maxMessageBytes } = relay.config;
     while (freed < excess && relay.sockets.size > 0) {
+      // More than members can hold isn't theirs: it is still falling, or the process's own.
+      if (maxMessageBytes !== 0 && average() > 2 * maxMessageBytes) return freed;
       const [most] = [...relay.addresses.values()].sort((a, b) => b.sockets.size - a.sockets.size);
       for (const socket of [...(most?.sockets ?? [])]) {
         if (freed >= excess) return freed;
-        cut(socket, each);
+        cut(socket, average());
       }
     }
     return freed;
