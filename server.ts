@@ -426,6 +426,7 @@ const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
 const QUIET_HELD_MS = 100; // who said nothing whole for so long isn't read from while memory falls
+const LOOK_SOCKETS = 32; // that were opened, between two looks
 const LOOK_FRAMES = 2048; // of one socket that wait, between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
@@ -1810,6 +1811,7 @@ function opened(socket: Socket): void {
   relay.cancelIdle();
   relay.connectionsTotal++;
   session.origin.connections++;
+  if (relay.sockets.size % LOOK_SOCKETS === 0) relay.memory.look();
   if (relay.memory.isShort) return turnAway(socket, "memory");
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
     const victim = first(relay.roomless) ?? socket;
@@ -1913,15 +1915,14 @@ function reportException(relay: Relay, error: unknown): void {
   });
 }
 
-/** Runs something again and again until the relay has ended. @param run says in how many ms it wants to run next */
-function repeat(relay: Relay, ms: number, run: () => number): void {
+/** Runs something every `ms` until the relay has ended. */
+function repeat(relay: Relay, ms: number, run: () => void): void {
   relay.config.clock.after(ms, () => {
     if (relay.stage.name === "ended") return;
-    let next = ms;
     try {
-      next = run();
+      run();
     } finally {
-      repeat(relay, next, run);
+      repeat(relay, ms, run);
     }
   });
 }
@@ -1943,11 +1944,12 @@ class Memory {
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
   #lookAtBytesOut = Infinity;
+  #cancelNext = () => {};
 
   constructor(relay: Relay) {
     this.#relay = relay;
     this.#base = relay.config.memory();
-    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.look());
+    this.look();
   }
 
   /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
@@ -1960,10 +1962,10 @@ class Memory {
     return this.#cuts.length > 0;
   }
 
-  /** Cuts what is above the limit. @returns in how many ms to look again */
-  look(): number {
+  /** Cuts what is above the limit. */
+  look(): void {
     const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
-    if (limit === 0) return LOOK_MOST_MS;
+    if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
     let used = memory();
     if (used > limit && now >= this.#collectedAt + EFFECT_MS) {
@@ -1979,8 +1981,16 @@ class Memory {
     this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
     if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS);
     else this.#relay.turns.release(now);
-    if (this.isFalling) return LOOK_LEAST_MS;
-    return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
+    this.#cancelNext();
+    this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
+  }
+
+  /** In how many ms to look again: sooner than one core can fill what is left, if the sockets that are open can hold so much. */
+  #nextIn(left: number): number {
+    const { maxMessageBytes } = this.#relay.config;
+    if (this.isFalling || left <= 0) return LOOK_LEAST_MS;
+    if (maxMessageBytes !== 0 && this.#relay.sockets.size * maxMessageBytes < left) return LOOK_MOST_MS;
+    return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, left / FILL_BYTES_PER_MS));
   }
 
   /** Cuts until an excess is covered. @returns how many bytes that should free */
@@ -2452,7 +2462,6 @@ function watchLag(relay: Relay): void {
     relay.lag.push(Math.max(0, clock.now() - due));
     if (relay.lag.length > LAG_SAMPLES) relay.lag.shift();
     due = clock.now() + LAG_MS;
-    return LAG_MS;
   });
 }
 
@@ -2672,10 +2681,7 @@ export function startRelay(options: Partial<Config> = {}): RelayHandle {
   const config = { ...DEFAULTS, ...options };
   const relay = new Relay(config);
   relay.server = listen(relay);
-  repeat(relay, SWEEP_MS, () => {
-    sweep(relay);
-    return SWEEP_MS;
-  });
+  repeat(relay, SWEEP_MS, () => sweep(relay));
   watchLag(relay);
   watchIdle(relay);
   warnOfDescriptors(config);

@@ -307,7 +307,7 @@ describe("a relay that is short of memory", () => {
   async function scene() {
     const clock = new TestClock();
     const at = { used: 50 * MIB };
-    const limits = { maxMemoryBytes: 100 * MIB, maxBufferedBytes: 64 * MIB, maxMessageBytes: 16 * MIB };
+    const limits = { maxMemoryBytes: 100 * MIB, maxBufferedBytes: 64 * MIB, maxMessageBytes: 64 * MIB };
     const relay = testRelay({ clock, memory: () => at.used, addressHeader: "X-Forwarded-For", ...limits });
     const open = (address: string) => Client.open(relay.url, { "X-Forwarded-For": address });
     /** So much too much is noticed at the next look. */
