@@ -1608,10 +1608,17 @@ class Turns {
     }
   }
 
-  /** Reads on from those. */
-  release(now: number): void {
-    for (const socket of this.#held) this.#goOn(socket, now);
-    this.#held.clear();
+  /** Reads on from so many of those. */
+  release(now: number, most: number): void {
+    for (const socket of this.#held) {
+      if (most-- <= 0) return;
+      this.#held.delete(socket);
+      this.#goOn(socket, now);
+    }
+  }
+
+  get isHolding(): boolean {
+    return this.#held.size > 0;
   }
 
   /** Lets go of a room that is over. Who waited to join it is told so. */
@@ -1964,7 +1971,7 @@ class Memory {
 
   /** Cuts what is above the limit. */
   look(): void {
-    const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
+    const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
     if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
     let used = memory();
@@ -1980,7 +1987,7 @@ class Memory {
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
     this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
     if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS);
-    else this.#relay.turns.release(now);
+    else this.#relay.turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(1, (limit - used) / maxMessageBytes));
     this.#cancelNext();
     this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
   }
@@ -1988,7 +1995,7 @@ class Memory {
   /** In how many ms to look again: sooner than one core can fill what is left, if the sockets that are open can hold so much. */
   #nextIn(left: number): number {
     const { maxMessageBytes } = this.#relay.config;
-    if (this.isFalling || left <= 0) return LOOK_LEAST_MS;
+    if (this.isFalling || this.#relay.turns.isHolding || left <= 0) return LOOK_LEAST_MS;
     if (maxMessageBytes !== 0 && this.#relay.sockets.size * maxMessageBytes < left) return LOOK_MOST_MS;
     return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, left / FILL_BYTES_PER_MS));
   }
