@@ -425,6 +425,7 @@ const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished me
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
+const QUIET_HELD_MS = 100; // who said nothing whole for so long isn't read from while memory falls
 const LOOK_FRAMES = 2048; // of one socket that wait, between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
@@ -1515,6 +1516,8 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
+  /** Sockets that aren't read from while memory is short. */
+  readonly #held = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
   /** The deliveries until `#rateSince`. */
@@ -1595,6 +1598,21 @@ class Turns {
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
+  /** Reads no more from sockets that weren't heard since: what they send now may be a message that never ends. */
+  hold(since: number): void {
+    for (const socket of this.#relay.sockets) {
+      if (socket.data.queue !== undefined || socket.data.heardAt > since) continue;
+      this.#pause(socket);
+      this.#held.add(socket);
+    }
+  }
+
+  /** Reads on from those. */
+  release(now: number): void {
+    for (const socket of this.#held) this.#goOn(socket, now);
+    this.#held.clear();
+  }
+
   /** Lets go of a room that is over. Who waited to join it is told so. */
   disband(flow: Flow): void {
     flow.outbox.length = 0;
@@ -1612,6 +1630,7 @@ class Turns {
     session.goodbye?.cancel();
     session.goodbye = undefined;
     this.#empty.delete(socket);
+    this.#held.delete(socket);
   }
 
   /**
@@ -1912,7 +1931,7 @@ function repeat(relay: Relay, ms: number, run: () => number): void {
 /**
  * Keeps the process below its memory. Unfinished messages raise no event and are in no figure but that of the whole process, so
  * it looks as often as one core could fill what is left. Above the limit it cuts what covers the excess, and waits for
- * the effect before it cuts for the same excess again.
+ * the effect before it cuts for the same excess again. Meanwhile it reads only from those who say whole things.
  */
 class Memory {
   /** Newcomers are turned away. */
@@ -1954,9 +1973,12 @@ class Memory {
     }
     this.isShort = used > limit;
     this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
-    this.#cuts = this.#cuts.filter(({ until }) => until > now);
-    const excess = used - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
+    const freed = this.#cuts.reduce((sum, { bytes, until }) => sum + (until > now ? bytes : 0), 0);
+    const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
+    this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
+    if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS);
+    else this.#relay.turns.release(now);
     if (this.isFalling) return LOOK_LEAST_MS;
     return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
   }
@@ -1983,16 +2005,20 @@ class Memory {
       if (bytes <= UNSENT_BYTES) break;
       cut(socket, bytes);
     }
-    const each = Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
+    /** What one socket holds on average that is in no figure. */
+    const average = () => Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
     for (const socket of [...relay.roomless]) {
       if (freed >= excess) return freed;
-      cut(socket, each);
+      cut(socket, average());
     }
+    const { maxMessageBytes } = relay.config;
     while (freed < excess && relay.sockets.size > 0) {
+      // More than members can hold isn't theirs: it is still falling, or the process's own.
+      if (maxMessageBytes !== 0 && average() > 2 * maxMessageBytes) return freed;
       const [most] = [...relay.addresses.values()].sort((a, b) => b.sockets.size - a.sockets.size);
       for (const socket of [...(most?.sockets ?? [])]) {
         if (freed >= excess) return freed;
-        cut(socket, each);
+        cut(socket, average());
       }
     }
     return freed;

@@ -307,7 +307,7 @@ describe("a relay that is short of memory", () => {
   async function scene() {
     const clock = new TestClock();
     const at = { used: 50 * MIB };
-    const limits = { maxMemoryBytes: 100 * MIB, maxBufferedBytes: 64 * MIB };
+    const limits = { maxMemoryBytes: 100 * MIB, maxBufferedBytes: 64 * MIB, maxMessageBytes: 16 * MIB };
     const relay = testRelay({ clock, memory: () => at.used, addressHeader: "X-Forwarded-For", ...limits });
     const open = (address: string) => Client.open(relay.url, { "X-Forwarded-For": address });
     /** So much too much is noticed at the next look. */
@@ -373,7 +373,7 @@ describe("a relay that is short of memory", () => {
     slow.pause();
     for (let i = 0; i < 60; i++) at.host.send({ type: "send", data: "x".repeat(200_000) }); // more than the kernel keeps
     await at.host.soFar();
-    for (let got = 0; got < 60; ) if ((await reader.next()).type === "message") got++;
+    for (let got = 0; got < 60;) if ((await reader.next()).type === "message") got++;
     at.exceed(1);
     expect(await at.host.soFar()).toEqual([{ type: "peer_left", index: 2 }]);
     for (const client of [roomless, reader])

@@ -129,7 +129,7 @@ async function siege(name: string, attack: Attack, options: Options): Promise<Ro
     clearInterval(progress);
     clearInterval(sampling);
   }
-  const isSmall = async () => (memoryNow()?.now ?? 0) <= before + AFTER_BYTES;
+  const isSmall = () => !((memoryNow()?.now ?? 0) > before + AFTER_BYTES); // NaN: it isn't known
   const isBack = await until("the relay's memory to come back", isSmall, AFTER_MS).catch(() => false);
   const after = memoryNow()?.now ?? NaN;
   neighbour.type("begin\n");
@@ -163,7 +163,8 @@ async function beginAndEnd(attackers: Part, neighbour: Part, seconds: number): P
   return outcome;
 }
 
-const ms = (value: number | undefined): string => (value === undefined ? "?" : value.toFixed(value < 10 ? 1 : 0));
+/** Milliseconds to read; NaN, which JSON writes as null, is nothing measured. */
+const ms = (value: number | null | undefined): string => (value == null ? "?" : value.toFixed(value < 10 ? 1 : 0));
 const mebi = (bytes: number): string => (Number.isNaN(bytes) ? "–" : (bytes / 1024 / 1024).toFixed(0));
 
 /** The rows in Markdown. */
@@ -203,7 +204,7 @@ async function main(): Promise<void> {
     });
     if (row) rows.push(row);
   }
-  console.log([table(rows), ...untried].join("\n"));
+  console.log([...(rows.length > 0 ? [table(rows)] : []), ...untried].join("\n"));
   process.exit(untried.length > 0 ? 2 : rows.every(({ held }) => held) ? 0 : 1);
 }
 

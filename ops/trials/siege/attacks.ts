@@ -35,7 +35,7 @@ export type Attack = {
 const CONTAINER = 256 * 1024 * 1024;
 const LONG = "x".repeat(260_000); // a broadcast of it is just below the limit of 256 KiB
 const MEDIUM = "x".repeat(60_000);
-const UNHURRIED = 0.9; // of what a silent member endures: its buffer is nearly full, and never over the limit
+const NEARLY_FULL = 0.9; // of what a silent member endures: never over the limit
 const ONE_READ = 1_980; // numbered frames that the relay reads at once: 64 KiB
 const RECONNECT_MS = 3_000;
 const thousands = (n: number): string => Math.round(n).toLocaleString("en");
@@ -419,7 +419,7 @@ export const ATTACKS: Record<string, Attack> = {
     seconds: 15,
     memory: CONTAINER,
     async run(siege) {
-      const frames = Math.floor((await endurance(siege.url)) * UNHURRIED);
+      const frames = Math.floor((await endurance(siege.url)) * NEARLY_FULL);
       const [sender, ...readers] = (await crowd(siege.url, 401)) as [Member, ...Member[]];
       for (const reader of readers) {
         reader.raw.pause();
@@ -442,7 +442,7 @@ export const ATTACKS: Record<string, Attack> = {
     seconds: 15,
     memory: CONTAINER,
     async run(siege) {
-      const frames = flood(Math.floor((await endurance(siege.url)) * UNHURRIED), MEDIUM);
+      const frames = flood(Math.floor((await endurance(siege.url)) * NEARLY_FULL), MEDIUM);
       const rooms = await many(150, () => crowd(siege.url, 4));
       const silent = rooms.flatMap(([, ...others]) => others);
       for (const member of silent) {
