@@ -407,6 +407,8 @@ const LARGE_BYTES = 4 * MIB; // that one frame may send at once to all members o
 const CALL_WORK = 6; // a system call: one for each frame to one socket, and for each member to whom a room's frames of a turn go
 const SIT_WORK = 20; // a member that sits down
 const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
+const TURN_FRAMES = 8192; // read in one turn; as many tiny ones as one read brings, some 2 ms
+const TURN_SOCKETS = 256; // that are read on from in one turn, after one that read so much
 const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
 const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
@@ -1505,6 +1507,8 @@ class Turns {
   readonly #config: Config;
   readonly #relay: Relay;
   #turn = 0;
+  /** What this turn has read. */
+  #frames = 0;
   #isUnderWay = false;
   #begunAt = 0;
   /** The work that one flow may do in this turn. */
@@ -1523,7 +1527,7 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
-  /** Sockets that aren't read from while memory is short. */
+  /** Sockets that aren't read from, because this turn has read much or memory is short. */
   readonly #held = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
@@ -1539,24 +1543,20 @@ class Turns {
   /** Takes a frame that was read: handles it, or lets it wait. */
   received(socket: Socket, frame: string | Buffer, now: number): void {
     const session = socket.data;
+    this.#takeIn(now);
     if (session.queue !== undefined) {
       if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
     }
-    if (!this.#isUnderWay) this.#begin(now);
     const { flow } = session;
     if (!flow.isBehind && this.#mayHandle(flow, frame)) this.#handle(socket, frame, flow, now);
     else this.#wait(socket, frame, flow);
   }
 
-  /** Takes a token for what isn't a frame of ours: a ping, or a pong that nobody asked for. */
-  takeToken(socket: Socket, now: number): void {
-    const session = socket.data;
-    session.bucket.take(now);
-    if (session.queue !== undefined || !session.bucket.isEmpty(now) || socket.readyState !== WebSocket.OPEN) return;
-    this.#pause(socket);
-    this.#waitForToken(socket);
-    capReached(this.#relay, "messages per second");
+  /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
+  receivedPing(socket: Socket, now: number): void {
+    this.#takeIn(now);
+    this.#takeToken(socket, now);
   }
 
   /** Whether a joiner finds a room whose members know who left, and which has credit. */
@@ -1605,7 +1605,7 @@ class Turns {
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
-  /** Reads no more from sockets that weren't heard since: what they send now may be a message that never ends. */
+  /** Reads no more from sockets that weren't heard since then (clock time). */
   hold(since: number): void {
     for (const socket of this.#relay.sockets) {
       if (socket.data.queue !== undefined || socket.data.heardAt > since) continue;
@@ -1616,11 +1616,7 @@ class Turns {
 
   /** Reads on from so many of those. */
   release(now: number, most: number): void {
-    for (const socket of this.#held) {
-      if (most-- <= 0) return;
-      this.#held.delete(socket);
-      this.#goOn(socket, now);
-    }
+    for (const socket of [...this.#held].slice(0, most)) this.#readOn(socket, now);
   }
 
   get isHolding(): boolean {
@@ -1659,8 +1655,43 @@ class Turns {
     session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave) };
   }
 
+  /**
+   * Counts what is read. After TURN_FRAMES the turn reads no more: whoever has sent much can't keep the others waiting with it, for
+   * they are read on from in an order of ours.
+   */
+  #takeIn(now: number): void {
+    if (!this.#isUnderWay) this.#begin(now);
+    if (++this.#frames === TURN_FRAMES) this.hold(Infinity);
+  }
+
+  #readOn(socket: Socket, now: number): void {
+    this.#held.delete(socket);
+    this.#goOn(socket, now);
+  }
+
+  /** Reads on from those that are held: the first of each flow first, then the second of each, as far as a turn may get. */
+  #readOnInTurn(now: number): void {
+    const rounds = new Map<Flow, number>();
+    const held = [...this.#held].map((socket) => {
+      const round = rounds.get(socket.data.flow) ?? 0;
+      rounds.set(socket.data.flow, round + 1);
+      return { socket, round };
+    });
+    for (const { socket } of held.sort((a, b) => a.round - b.round).slice(0, TURN_SOCKETS)) this.#readOn(socket, now);
+  }
+
+  #takeToken(socket: Socket, now: number): void {
+    const session = socket.data;
+    session.bucket.take(now);
+    if (session.queue !== undefined || !session.bucket.isEmpty(now) || socket.readyState !== WebSocket.OPEN) return;
+    this.#pause(socket);
+    this.#waitForToken(socket);
+    capReached(this.#relay, "messages per second");
+  }
+
   #begin(now: number): void {
     this.#turn++;
+    this.#frames = 0;
     this.#isUnderWay = true;
     this.#begunAt = now;
     this.#hadLarge = false;
@@ -1675,8 +1706,10 @@ class Turns {
     this.#relay.memory.lookIfMuchWasSent();
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
-    if (this.#behind.size === 0) return this.#restIfBusy(now);
+    const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
+    if (this.#behind.size === 0 && !canReadOn) return this.#restIfBusy(now);
     this.#begin(now);
+    if (canReadOn) this.#readOnInTurn(now);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
@@ -1753,7 +1786,7 @@ class Turns {
     this.settle();
     this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
-    this.takeToken(socket, now);
+    this.#takeToken(socket, now);
   }
 
   /** Lets a frame wait, before those of its socket that wait already. */
@@ -1869,7 +1902,7 @@ function pinged(socket: Socket): void {
   const { relay } = socket.data;
   const now = relay.config.clock.now();
   heard(socket, now);
-  relay.turns.takeToken(socket, now);
+  relay.turns.receivedPing(socket, now);
 }
 
 function ponged(socket: Socket): void {
@@ -1877,7 +1910,7 @@ function ponged(socket: Socket): void {
   const now = session.relay.config.clock.now();
   const isAnswer = session.unanswered > 0;
   heard(socket, now);
-  if (!isAnswer) session.relay.turns.takeToken(socket, now);
+  if (!isAnswer) session.relay.turns.receivedPing(socket, now);
 }
 
 /** A socket is closed. If the other side did so properly, what it had sent before is handled first. */
