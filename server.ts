@@ -425,6 +425,8 @@ const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished me
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
+const QUIET_HELD_MS = 100; // who said nothing whole for so long isn't read from while memory falls
+const LOOK_SOCKETS = 32; // that were opened, between two looks
 const LOOK_FRAMES = 2048; // of one socket that wait, between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
@@ -1515,6 +1517,8 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
+  /** Sockets that aren't read from while memory is short. */
+  readonly #held = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
   /** The deliveries until `#rateSince`. */
@@ -1595,6 +1599,28 @@ class Turns {
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
+  /** Reads no more from sockets that weren't heard since: what they send now may be a message that never ends. */
+  hold(since: number): void {
+    for (const socket of this.#relay.sockets) {
+      if (socket.data.queue !== undefined || socket.data.heardAt > since) continue;
+      this.#pause(socket);
+      this.#held.add(socket);
+    }
+  }
+
+  /** Reads on from so many of those. */
+  release(now: number, most: number): void {
+    for (const socket of this.#held) {
+      if (most-- <= 0) return;
+      this.#held.delete(socket);
+      this.#goOn(socket, now);
+    }
+  }
+
+  get isHolding(): boolean {
+    return this.#held.size > 0;
+  }
+
   /** Lets go of a room that is over. Who waited to join it is told so. */
   disband(flow: Flow): void {
     flow.outbox.length = 0;
@@ -1612,6 +1638,7 @@ class Turns {
     session.goodbye?.cancel();
     session.goodbye = undefined;
     this.#empty.delete(socket);
+    this.#held.delete(socket);
   }
 
   /**
@@ -1791,6 +1818,7 @@ function opened(socket: Socket): void {
   relay.cancelIdle();
   relay.connectionsTotal++;
   session.origin.connections++;
+  if (relay.sockets.size % LOOK_SOCKETS === 0) relay.memory.look();
   if (relay.memory.isShort) return turnAway(socket, "memory");
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
     const victim = first(relay.roomless) ?? socket;
@@ -1894,15 +1922,14 @@ function reportException(relay: Relay, error: unknown): void {
   });
 }
 
-/** Runs something again and again until the relay has ended. @param run says in how many ms it wants to run next */
-function repeat(relay: Relay, ms: number, run: () => number): void {
+/** Runs something every `ms` until the relay has ended. */
+function repeat(relay: Relay, ms: number, run: () => void): void {
   relay.config.clock.after(ms, () => {
     if (relay.stage.name === "ended") return;
-    let next = ms;
     try {
-      next = run();
+      run();
     } finally {
-      repeat(relay, next, run);
+      repeat(relay, ms, run);
     }
   });
 }
@@ -1912,7 +1939,7 @@ function repeat(relay: Relay, ms: number, run: () => number): void {
 /**
  * Keeps the process below its memory. Unfinished messages raise no event and are in no figure but that of the whole process, so
  * it looks as often as one core could fill what is left. Above the limit it cuts what covers the excess, and waits for
- * the effect before it cuts for the same excess again.
+ * the effect before it cuts for the same excess again. Meanwhile it reads only from those who say whole things.
  */
 class Memory {
   /** Newcomers are turned away. */
@@ -1924,11 +1951,12 @@ class Memory {
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
   #lookAtBytesOut = Infinity;
+  #cancelNext = () => {};
 
   constructor(relay: Relay) {
     this.#relay = relay;
     this.#base = relay.config.memory();
-    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.look());
+    this.look();
   }
 
   /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
@@ -1941,10 +1969,10 @@ class Memory {
     return this.#cuts.length > 0;
   }
 
-  /** Cuts what is above the limit. @returns in how many ms to look again */
-  look(): number {
-    const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
-    if (limit === 0) return LOOK_MOST_MS;
+  /** Cuts what is above the limit. */
+  look(): void {
+    const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
+    if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
     let used = memory();
     if (used > limit && now >= this.#collectedAt + EFFECT_MS) {
@@ -1954,11 +1982,22 @@ class Memory {
     }
     this.isShort = used > limit;
     this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
-    this.#cuts = this.#cuts.filter(({ until }) => until > now);
-    const excess = used - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
+    const freed = this.#cuts.reduce((sum, { bytes, until }) => sum + (until > now ? bytes : 0), 0);
+    const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
-    if (this.isFalling) return LOOK_LEAST_MS;
-    return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
+    this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
+    if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS);
+    else this.#relay.turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(1, (limit - used) / maxMessageBytes));
+    this.#cancelNext();
+    this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
+  }
+
+  /** In how many ms to look again: sooner than one core can fill what is left, if the sockets that are open can hold so much. */
+  #nextIn(left: number): number {
+    const { maxMessageBytes } = this.#relay.config;
+    if (this.isFalling || this.#relay.turns.isHolding || left <= 0) return LOOK_LEAST_MS;
+    if (maxMessageBytes !== 0 && this.#relay.sockets.size * maxMessageBytes < left) return LOOK_MOST_MS;
+    return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, left / FILL_BYTES_PER_MS));
   }
 
   /** Cuts until an excess is covered. @returns how many bytes that should free */
@@ -2430,7 +2469,6 @@ function watchLag(relay: Relay): void {
     relay.lag.push(Math.max(0, clock.now() - due));
     if (relay.lag.length > LAG_SAMPLES) relay.lag.shift();
     due = clock.now() + LAG_MS;
-    return LAG_MS;
   });
 }
 
@@ -2650,10 +2688,7 @@ export function startRelay(options: Partial<Config> = {}): RelayHandle {
   const config = { ...DEFAULTS, ...options };
   const relay = new Relay(config);
   relay.server = listen(relay);
-  repeat(relay, SWEEP_MS, () => {
-    sweep(relay);
-    return SWEEP_MS;
-  });
+  repeat(relay, SWEEP_MS, () => sweep(relay));
   watchLag(relay);
   watchIdle(relay);
   warnOfDescriptors(config);
