@@ -419,6 +419,7 @@ const REST_WINDOW_MS = 20; // over which that rate is taken
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
 const ROOM_BYTES = 2048; // of a lingering room, without its state and the slots that it remembers
 const SLOT_BYTES = 256;
+const FRAME_BYTES = 64; // of a short frame that waits
 const SOCKET_BYTES = 4096; // of a socket that holds nothing
 const EFFECT_MS = 300; // within which memory that was freed falls
 const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished messages
@@ -776,6 +777,8 @@ class Relay {
   readonly sockets = new Set<Socket>();
   /** Sockets in no room, the longest so first. */
   readonly roomless = new Set<Socket>();
+  /** Sockets that have closed, and of which frames wait; they are in `sockets` no more. */
+  readonly leaving = new Set<Socket>();
   readonly addresses = new Map<string, Address>();
   readonly origins = new Map<string, Origin>();
   /** Slots with nobody on them in all rooms, without the hosts'. */
@@ -1226,6 +1229,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       if (own?.barred) return refuse("kicked");
       if (own === undefined && room.locked) return refuse("room_locked");
       const old = own && room.connected.get(own.index);
+      if (old !== undefined && socket.data.goodbye !== undefined) return; // it has closed meanwhile, and replaces nobody
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       if (claimed !== undefined) handOver(claimed, clientId);
@@ -1509,6 +1513,8 @@ class Turns {
   #flows = 0;
   /** Whether this turn had its one frame that is larger than a share. */
   #hadLarge = false;
+  /** The flow that was refused last, because its frame is large and another had been. */
+  #refused: Flow | undefined;
   /** The flow that the frame in hand is charged to. */
   #payer: Flow | undefined;
   /** The work for which somebody has been charged. */
@@ -1637,6 +1643,7 @@ class Turns {
     session.waitsFor = undefined;
     session.goodbye?.cancel();
     session.goodbye = undefined;
+    this.#relay.leaving.delete(socket);
     this.#empty.delete(socket);
     this.#held.delete(socket);
   }
@@ -1648,6 +1655,7 @@ class Turns {
   sayGoodbye(socket: Socket, leave: () => void): void {
     const session = socket.data;
     if (session.queue === undefined || session.queue.length === 0) return leave();
+    this.#relay.leaving.add(socket);
     session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave) };
   }
 
@@ -1656,6 +1664,7 @@ class Turns {
     this.#isUnderWay = true;
     this.#begunAt = now;
     this.#hadLarge = false;
+    this.#refused = undefined;
     this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
     this.#flows = 0;
     setImmediate(() => this.#end());
@@ -1672,6 +1681,7 @@ class Turns {
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
       this.#serve(flow, now);
+      if (flow === this.#refused) continue; // it keeps its place for the next turn's large frame
       this.#behind.delete(flow);
       if (flow.isBehind) this.#behind.add(flow);
     }
@@ -1679,9 +1689,9 @@ class Turns {
 
   /** Handles what waits for a flow, for its share. */
   #serve(flow: Flow, now: number): void {
-    if (flow.room !== undefined) this.#sendOutbox(flow.room);
-    if (flow.outbox.length > 0) return;
     for (;;) {
+      if (flow.room !== undefined) this.#sendOutbox(flow.room);
+      if (flow.outbox.length > 0) return;
       const socket = first(flow.waiting);
       const [frame] = socket?.data.queue ?? [];
       if (socket === undefined || frame === undefined || !this.#mayHandle(flow, frame)) return;
@@ -1723,7 +1733,10 @@ class Turns {
     if (!this.#hasCredit(flow)) return false;
     const receivers = flow.room?.connected.size ?? 1;
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
-    if (this.#hadLarge) return false;
+    if (this.#hadLarge) {
+      this.#refused = flow;
+      return false;
+    }
     this.#hadLarge = true;
     return true;
   }
@@ -2010,6 +2023,11 @@ class Memory {
       socket.terminate();
     };
     capReached(relay, "memory");
+    for (const { data } of [...relay.leaving]) {
+      if (freed >= excess) return freed;
+      freed += FRAME_BYTES * (data.queue?.length ?? 0);
+      data.goodbye?.leave();
+    }
     for (let rooms = lingeringOfTheMost(relay); rooms.length > 0; rooms = lingeringOfTheMost(relay))
       for (const room of rooms) {
         if (freed >= excess) return freed;
