@@ -105,7 +105,8 @@ export class Run {
       this.#sender.start();
       await this.#wait("warming up", warmup);
     }
-    this.#ledger.takeLatency();
+    this.#ledger.takeLatency(); // the warm-up's
+    this.#sender.takeLate();
     const before = lasts ? this.read() : begun;
     const { series, latency, after } = lasts
       ? await this.#secondBySecond(before, seconds)
@@ -141,7 +142,7 @@ export class Run {
           ? null
           : { atStart, connected, atEnd, perMember: ((lasts ? atEnd : connected) - atStart) / members },
       toolCpuCore: share(after.toolCpu - before.toolCpu),
-      lateMsP99: this.#sender.late.percentileMs(99),
+      lateMsP99: this.#sender.takeLate().percentileMs(99),
       waited: {
         server: share(after.serverWaited - before.serverWaited),
         tool: share(after.toolWaited - before.toolWaited),

@@ -17,8 +17,7 @@ const WINDOW_BYTES = 256 * 1024; // a quarter of what the relay holds for a memb
 const WINDOW_MESSAGES = 16;
 
 export class Sender {
-  /** How late it sent, in µs. */
-  readonly late = new Histogram();
+  #late = new Histogram();
   readonly #scenario: Scenario;
   readonly #traffic: Traffic;
   readonly #members: Members;
@@ -55,6 +54,13 @@ export class Sender {
     this.#members.onRead = undefined;
   }
 
+  /** How late it sent since this was called before. */
+  takeLate(): Histogram {
+    const late = this.#late;
+    this.#late = new Histogram();
+    return late;
+  }
+
   #sendOnTime(rooms: Room[]): void {
     const start = performance.now();
     const schedules = this.#traffic.schedules().map((schedule) => new Due(schedule, rooms, start));
@@ -63,7 +69,7 @@ export class Sender {
       const now = performance.now(); // what falls due while it sends has to wait until it has read
       for (const schedule of schedules)
         for (; schedule.at <= now; schedule.next()) {
-          this.late.record(Math.floor((performance.now() - schedule.at) * 1000));
+          this.#late.record(Math.floor((performance.now() - schedule.at) * 1000));
           this.#send(schedule.member);
         }
       if (this.#isSending) again(sendDue);
