@@ -5,7 +5,7 @@
  * says of LIVE_APP, or of the app in fly.toml.
  */
 import { describe, expect, test } from "bun:test";
-import { Client } from "./ops/shared/testing.ts";
+import { Client } from "./ops/shared/client.ts";
 
 type Machine = { id: string; region?: string };
 

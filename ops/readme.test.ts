@@ -2,7 +2,8 @@
 import { expect, test } from "bun:test";
 import { configFromEnv } from "../server.ts";
 import { openPage, whyNoBrowser } from "./shared/browser.ts";
-import { testRelay } from "./shared/testing.ts";
+import { RelayProcess } from "./shared/processes.ts";
+import { testRelay } from "./shared/relay.ts";
 
 const readme = await Bun.file(new URL("../README.md", import.meta.url)).text();
 const snippets = [...readme.matchAll(/```js\n([\s\S]*?)```/g)].map(([, code]) => code as string);
@@ -77,18 +78,9 @@ test.skipIf(whyNoBrowser !== undefined)(
 
 test("README: `bun run server.ts` prints the line that it shows", async () => {
   const [, shown] = /```\n(party-sockets listening [^\n]*)\n```/.exec(readme) as RegExpExecArray;
-  const server = Bun.spawn([process.execPath, "run", "server.ts"], {
-    cwd: `${import.meta.dir}/..`,
-    env: { PATH: process.env.PATH, PORT: "0" },
-    stdout: "pipe",
-  });
-  const reader = server.stdout.getReader();
-  const { value } = await reader.read();
-  server.kill("SIGTERM");
-  const printed = new TextDecoder().decode(value).split("\n")[0] as string;
-  const port = /port=(\d+)/.exec(printed)?.[1] as string;
-  expect(printed.replaceAll(port, "3000")).toBe(shown as string);
-  expect(await server.exited).toBe(0);
+  await using relay = await RelayProcess.start({ IDLE_EXIT_SECONDS: undefined });
+  expect(relay.lines[0]?.replaceAll(`${relay.port}`, "3000")).toBe(shown as string);
+  expect(await relay.stop("SIGTERM")).toBe(0);
 });
 
 test("README: the table's defaults are the relay's", () => {

@@ -4,7 +4,7 @@ import type { Server } from "bun";
 import { Resolver } from "node:dns/promises";
 import { readdirSync } from "node:fs";
 import { newCode } from "../../server.ts";
-import { Client } from "../shared/testing.ts";
+import { Client } from "../shared/client.ts";
 import { type DnsMachine, startDns } from "./dns.ts";
 import { whyNoNetwork } from "./network.ts";
 import { type Proxy, type ProxyEvent, type ProxyMachine, startProxy } from "./proxy.ts";

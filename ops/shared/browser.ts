@@ -6,9 +6,9 @@ const chromium = ["chromium", "chromium-browser", "google-chrome-stable", "googl
 export const whyNoBrowser = chromium === undefined ? " (skipped: no chromium on this machine)" : undefined;
 
 /** A new page. All pages of a process share one browser, and what it stores for an origin. */
-export function openPage(size: { width?: number; height?: number } = {}): Bun.WebView {
+export function openPage(options: Omit<Bun.WebView.ConstructorOptions, "backend"> = {}): Bun.WebView {
   return new Bun.WebView({
-    ...size,
+    ...options,
     backend: {
       type: "chrome",
       argv: [

@@ -98,10 +98,10 @@ export class RawSocket {
     return raw;
   }
 
-  /** Connects and upgrades. @throws if the upgrade is refused */
+  /** Connects and upgrades; a character of the headers is one byte. @throws if the upgrade is refused */
   static async open(url: string, path?: string, headers?: Record<string, string | undefined>): Promise<RawSocket> {
     const raw = await RawSocket.connect(url);
-    raw.write(handshake(path, headers));
+    raw.write(Buffer.from(handshake(path, headers), "latin1"));
     const head = await raw.head();
     if (!head.startsWith("HTTP/1.1 101 ")) throw new Error(`the upgrade was refused: ${head}`);
     return raw;

@@ -8,7 +8,8 @@
  */
 import { badUsage, readFlags } from "../shared/flags.ts";
 import { Random } from "../shared/random.ts";
-import { Client, TestClock, testRelay } from "../shared/testing.ts";
+import { Client } from "../shared/client.ts";
+import { TestClock, testRelay } from "../shared/relay.ts";
 
 // ---------------------------------------------------------------------------------------------------------
 // Model

@@ -4,20 +4,19 @@
  *
  *     bun run ops/trials/soak.ts --seconds 60 [--seed 7] [--url http://localhost:3000]
  *
- * The trial, with its bystanders, its checks at the end and its exit code, is that of `ops/trials/fuzz.ts`.
+ * The trial, with its bystanders, its checks at the end and its exit code, is that of `ops/trials/trial.ts`.
  */
 import type { ClientMessage } from "../../server.ts";
-import { type Arena, main, trial, type Trial } from "./fuzz.ts";
-import { Client, type Frame } from "../shared/testing.ts";
-
-const PATIENCE_MS = 10_000; // longer than any answer takes
+import { Client, type Frame } from "../shared/client.ts";
+import { within } from "../shared/wait.ts";
+import { type Arena, main, trial, type Trial } from "./trial.ts";
 
 /** Somebody at a party. The clientId and the index stay, sockets come and go. */
 class Player {
   index = -1;
   sent = 0;
   client!: Client;
-  /** The number that the next message of each other must have, where one has come since this socket joined. */
+  /** The number that the next message of each other must have, if one has come since this socket joined. */
   readonly expected = new Map<number, number>();
   readonly #clientId = crypto.randomUUID();
   #wanted: { type: string; resolve(frame: Frame): void } | undefined;
@@ -48,13 +47,12 @@ class Player {
     this.index = joined.index;
   }
 
-  /** Sends a message and waits for the answer of this type. @throws where none comes */
+  /** Sends a message and waits for the answer of this type. @throws if none comes */
   async ask(message: ClientMessage, type: string): Promise<Frame> {
-    const { promise, resolve, reject } = Promise.withResolvers<Frame>();
+    const { promise, resolve } = Promise.withResolvers<Frame>();
     this.#wanted = { type, resolve };
-    const timer = setTimeout(() => reject(new Error(`no ${type} came`)), PATIENCE_MS);
     this.client.send(message);
-    return promise.finally(() => clearTimeout(timer));
+    return within(promise, type);
   }
 
   say(): void {
@@ -88,8 +86,8 @@ class Player {
 
 /** Waits for a socket's end, which must be this one. */
 async function endsWith(player: Player, client: Client, code: number): Promise<void> {
-  const closed = await Promise.race([client.closed, Bun.sleep(PATIENCE_MS)]);
-  if (closed?.code !== code) player.fault(`closed with ${closed?.code ?? "nothing"}, not ${code}`);
+  const closed = await within(client.closed, `the close with ${code}`);
+  if (closed.code !== code) player.fault(`closed with ${closed.code}, not ${code}`);
 }
 
 /** One party, from the first who comes to the last who goes. @param players who is there, for whoever cleans up */

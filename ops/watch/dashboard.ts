@@ -1,17 +1,18 @@
 /**
- * Checks the Grafana dashboard without a Grafana: `bun run ops/watch/dashboard.ts [--draw FILE.png]`.
+ * Checks the Grafana dashboard without a Grafana: `bun run ops/watch/dashboard.ts`.
  *
  * Its form is checked against what Grafana's import needs. Its queries are put to a real Prometheus (Debian's package) that
  * scrapes two relays with traffic: each must give numbers, whether the labels `instance` and `region` are the relay's own,
- * Prometheus' or Fly.io's. `--draw` paints the layout with those answers, with headless Chromium.
+ * Prometheus' or Fly.io's.
  */
-import { mkdtemp, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { RelayHandle } from "../../server.ts";
-import { openPage } from "../shared/browser.ts";
+import { Client } from "../shared/client.ts";
+import { temporaryDirectory } from "../shared/directory.ts";
 import { readFlags } from "../shared/flags.ts";
-import { Client, testRelay } from "../shared/testing.ts";
+import { Child, freePort } from "../shared/processes.ts";
+import { testRelay } from "../shared/relay.ts";
+import { until } from "../shared/wait.ts";
 
 type Place = { x: number; y: number; w: number; h: number };
 type Threshold = { color: string; value: number | null };
@@ -155,8 +156,7 @@ export async function startPrometheus(): Promise<Prometheus> {
   );
   const fra = stack.use(testRelay({ instance: "m2", region: "fra" }));
   const relays = [ams, fra];
-  const directory = await mkdtemp(join(tmpdir(), "party-sockets-prometheus-"));
-  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  const { path: directory } = stack.use(await temporaryDirectory("prometheus"));
 
   const at = (relay: RelayHandle) => `localhost:${relay.port}`;
   const labellings = {
@@ -182,24 +182,16 @@ export async function startPrometheus(): Promise<Prometheus> {
       ],
     }),
   );
-  // Prometheus takes no port 0, so a free one is found first.
-  const probe = Bun.serve({ port: 0, hostname: "127.0.0.1", fetch: () => new Response() });
-  const address = `127.0.0.1:${probe.port}`;
-  await probe.stop(true);
-  const prometheus = Bun.spawn(
-    [
+  const address = `127.0.0.1:${freePort()}`;
+  const prometheus = stack.use(
+    new Child([
       "prometheus",
       `--config.file=${directory}/prometheus.yml`,
       `--storage.tsdb.path=${directory}/data`,
       `--web.listen-address=${address}`,
       "--log.level=error",
-    ],
-    { stdout: "inherit", stderr: "inherit" },
+    ]),
   );
-  stack.defer(async () => {
-    prometheus.kill();
-    await prometheus.exited;
-  });
 
   const ask: Prometheus["ask"] = async (path, query) => {
     const answer = await fetch(`http://${address}/api/v1/${path}?${new URLSearchParams(query)}`);
@@ -210,22 +202,20 @@ export async function startPrometheus(): Promise<Prometheus> {
   stack.use(await play(ams, fra));
   const since = Date.now() / 1000;
   /** Waits until an expression has an answer. @returns for which time, in seconds since 1970 */
-  const holds = async (expr: string): Promise<number> => {
-    for (;;) {
-      if (prometheus.exitCode !== null) throw new Error(`prometheus ended with ${prometheus.exitCode}`);
+  const holds = (expr: string): Promise<number> =>
+    until(`an answer to ${expr}`, async () => {
+      if (prometheus.exitCode !== null) throw new Error(`prometheus ended:\n${prometheus.lines.join("\n")}`);
       const time = Date.now() / 1000 - (2 * SCRAPE_MS) / 1000; // a scrape that began before has ended by now, well or not
       const answer = await ask("query", { query: expr, time: `${time}` }).catch(() => undefined); // refused until it listens
-      if (answer !== undefined && answer.result.length > 0) return time;
-      await Bun.sleep(SCRAPE_MS / 2); // it tells nobody when it has scraped
-    }
-  };
+      return answer?.result.length > 0 && time;
+    });
   const scrapes = "min(count_over_time(party_sockets_clients[1h]))";
   await holds(`${scrapes} >= ${SCRAPES / 2}`);
   void fra.drain(); // the dashboard shows that, too
   const jobs = Object.keys(labellings).length;
-  const until = await holds(`${scrapes} >= ${SCRAPES} and min(up) == 1 and count(party_sockets_draining == 1) == ${jobs}`);
+  const end = await holds(`${scrapes} >= ${SCRAPES} and min(up) == 1 and count(party_sockets_draining == 1) == ${jobs}`);
   const running = stack.move();
-  return { ask, labellings, since, until, [Symbol.asyncDispose]: () => running.disposeAsync() };
+  return { ask, labellings, since, until: end, [Symbol.asyncDispose]: () => running.disposeAsync() };
 }
 
 /** Traffic of all kinds that a panel shows. It goes on until disposed. */
@@ -339,126 +329,8 @@ function readSeries({ result }: { result: Result[] }): Series[] {
   }));
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Drawing: near enough to Grafana's look to judge the layout by
-// ---------------------------------------------------------------------------------------------------------
-
-const CELL = { width: 66, height: 30, gap: 8 }; // pixels; Grafana's at a window of 1600
-const COLORS = ["#73bf69", "#5794f2", "#f2cc0c", "#ff780a", "#f2495c", "#b877d9", "#37872d", "#8ab8ff"];
-const THRESHOLD_COLORS: Record<string, string> = { green: "#73bf69", orange: "#ff9830", red: "#f2495c" };
-
-const escapeHtml = (text: string): string => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll('"', "&quot;");
-
-function formatValue(value: number, unit: string): string {
-  const scaled = (base: number, units: string[]) => {
-    const step = Math.min(units.length - 1, Math.max(0, Math.floor(Math.log(Math.abs(value) || 1) / Math.log(base))));
-    return `${Number((value / base ** step).toPrecision(3))} ${units[step]}`.trim();
-  };
-  if (unit === "bytes") return scaled(1024, ["B", "KiB", "MiB", "GiB"]);
-  if (unit === "binBps") return scaled(1024, ["B/s", "KiB/s", "MiB/s", "GiB/s"]);
-  if (unit === "percentunit") return `${Number((100 * value).toPrecision(3))}%`;
-  if (unit === "s")
-    return value !== 0 && value < 1 ? `${Number((1000 * value).toPrecision(3))} ms` : `${Number(value.toPrecision(3))} s`;
-  const suffix = unit === "ops" ? " /s" : unit === "opm" ? " /min" : "";
-  return scaled(1000, ["", "K", "M"]) + suffix;
-}
-
-type Line = { name: string; labels: Record<string, string>; points: Point[] };
-
-function linesOf(answers: Answer[]): Line[] {
-  return answers.flatMap(({ target, series }) =>
-    series.map(({ labels, points }) => {
-      const name = target?.legendFormat?.replace(/\{\{(\w+)\}\}/g, (_, label: string) => labels[label] ?? "") ?? "";
-      return { name, labels, points: points.filter(([, value]) => Number.isFinite(value)) };
-    }),
-  );
-}
-
-const lastValue = ({ points }: Line): number => points.at(-1)?.[1] ?? NaN;
-
-function thresholdColor(steps: Threshold[], value: number): string {
-  const reached = steps.filter((step) => step.value === null || value >= step.value).at(-1);
-  return THRESHOLD_COLORS[reached?.color ?? "green"] ?? "#ccc";
-}
-
-function drawChart(lines: Line[], unit: string, steps: Threshold[], width: number, height: number): string {
-  const values = lines.flatMap(({ points }) => points.map(([, value]) => value));
-  const times = lines.flatMap(({ points }) => points.map(([at]) => at));
-  const [left, right] = [Math.min(...times), Math.max(...times)];
-  const [low, high] = [Math.min(0, ...values), Math.max(...values) * 1.05 || 1];
-  const MARGIN = 62; // for the axis
-  const toX = (at: number) => MARGIN + ((at - left) / (right - left || 1)) * (width - MARGIN);
-  const toY = (value: number) => height - 4 - ((value - low) / (high - low)) * (height - 12);
-  const axis = [low, (low + high) / 2, high].map((value) => {
-    const y = toY(value);
-    return `<line x1=${MARGIN} x2=${width} y1=${y} y2=${y} stroke="#333"/><text x=0 y=${Math.max(10, y)}>${formatValue(value, unit)}</text>`;
-  });
-  const limits = steps
-    .filter(({ value }) => value !== null && value >= low && value <= high)
-    .map(
-      ({ value, color }) =>
-        `<line x1=${MARGIN} x2=${width} y1=${toY(value as number)} y2=${toY(value as number)} stroke="${THRESHOLD_COLORS[color]}" stroke-dasharray=6 />`,
-    );
-  const drawn = lines.map(({ points }, i) => {
-    const path = points.map(([at, value]) => `${toX(at).toFixed(1)},${toY(value).toFixed(1)}`).join(" ");
-    return `<polyline fill=none stroke="${COLORS[i % COLORS.length]}" stroke-width=2 points="${path}"/>`;
-  });
-  return `<svg width=${width} height=${height}>${axis.join("")}${limits.join("")}${drawn.join("")}</svg>`;
-}
-
-function drawPanel(panel: Panel, answers: Answer[]): string {
-  const lines = linesOf(answers);
-  const { unit = "short", thresholds } = panel.fieldConfig?.defaults ?? {};
-  const steps = thresholds?.steps ?? [];
-  const width = panel.gridPos.w * CELL.width - CELL.gap - 20;
-  const height = panel.gridPos.h * (CELL.height + CELL.gap) - CELL.gap - 40;
-  const failed = answers.find(({ error }) => error !== undefined);
-  if (failed !== undefined) return `<b style="color:#f2495c">${escapeHtml(failed.error ?? "")}</b>`;
-  if (panel.type === "stat") {
-    const value = lines[0] === undefined ? NaN : lastValue(lines[0]);
-    return `<div class=stat style="color:${thresholdColor(steps, value)}">${formatValue(value, unit)}</div>`;
-  }
-  if (panel.type === "timeseries") {
-    const legend = lines.map(({ name }, i) => `<i style="color:${COLORS[i % COLORS.length]}">━</i> ${escapeHtml(name)}`);
-    return `${drawChart(lines, unit, steps, width, height - 36)}<div class=legend>${legend.join(" &nbsp; ")}</div>`;
-  }
-  const most = Math.max(...lines.map(lastValue));
-  const rows = lines.map((line) => {
-    const value = formatValue(lastValue(line), unit);
-    const text = panel.type === "table" ? Object.values(line.labels).map(escapeHtml).join("<td>") : escapeHtml(line.name);
-    const bar = panel.type === "table" ? "" : `<td><hr style="width:${(lastValue(line) / most) * (width / 2)}px">`;
-    return `<tr><td>${text}<td style="color:${thresholdColor(steps, lastValue(line))}">${value}${bar}`;
-  });
-  return `${panel.type === "geomap" ? "(a map)" : ""}<table>${rows.join("")}</table>`;
-}
-
-/** The dashboard as a page. @param answers as from `evaluate`; those for the relay's own labels are shown */
-export function drawPage({ title, panels, templating }: Dashboard, answers: Answer[]): { html: string; height: number } {
-  const bottom = Math.max(...panels.map(({ gridPos: { y, h } }) => y + h));
-  const boxes = panels.map((panel) => {
-    const { x, y, w, h } = panel.gridPos;
-    const place = `left:${x * CELL.width}px;top:${y * (CELL.height + CELL.gap)}px;width:${w * CELL.width - CELL.gap}px;height:${h * (CELL.height + CELL.gap) - CELL.gap}px`;
-    if (isRow(panel)) return `<h2 style="${place}">⌄ ${escapeHtml(panel.title)}</h2>`;
-    const own = answers.filter(({ where, labelling }) => where === panel.title && labelling === "relay");
-    return `<section style="${place}"><h3>${escapeHtml(panel.title)} <span title="${escapeHtml(panel.description ?? "")}">(i)</span></h3>${drawPanel(panel, own)}</section>`;
-  });
-  const variables = templating.list.map(({ name }) => `<span class=variable>${name}</span>`).join(" ");
-  const css = `
-    body { margin: 12px; overflow: hidden; background: #111217; color: #ccccdc; font: 12px sans-serif }
-    main { position: relative }
-    section { position: absolute; box-sizing: border-box; padding: 8px 10px; background: #181b1f; border: 1px solid #2c3235; overflow: hidden }
-    h1 { font-size: 18px; margin: 0 0 10px } h2 { position: absolute; margin: 6px 0; font-size: 15px; overflow: hidden } h3 { margin: 0 0 6px; font-size: 13px; white-space: nowrap }
-    h3 span { color: #777; font-weight: normal } .variable { border: 1px solid #444; padding: 3px 10px; font-size: 12px; font-weight: normal }
-    .stat { font-size: 40px; text-align: center; padding-top: 14px } .legend { height: 30px; overflow: hidden } i { font-weight: bold }
-    text { fill: #888; font-size: 10px } table { border-spacing: 12px 3px } td { text-align: left } hr { border: 0; height: 14px; background: #73bf69; margin: 0 }`;
-  return {
-    html: `<!doctype html><meta charset=utf-8><style>${css}</style><h1>${escapeHtml(title)} ${variables}</h1><main>${boxes.join("")}</main>`,
-    height: 140 + bottom * (CELL.height + CELL.gap),
-  };
-}
-
 async function main(): Promise<void> {
-  const { draw: file } = readFlags("bun run ops/watch/dashboard.ts [--draw FILE.png]", { draw: { type: "string" } });
+  readFlags("bun run ops/watch/dashboard.ts", {});
   if (whyNoPrometheus !== undefined) {
     console.error("needs Debian's prometheus: apt-get install prometheus");
     process.exit(1);
@@ -471,17 +343,10 @@ async function main(): Promise<void> {
   const failed = answers.filter(({ error }) => error !== undefined);
   for (const { where, labelling, expr, error } of failed) console.log(`${where} (labels of ${labelling}): ${error}\n  ${expr}`);
   console.log(`${dashboard.panels.length} panels, ${wrong.length} faults; ${answers.length} queries, ${failed.length} failed`);
-  if (file !== undefined) {
-    const { html, height } = drawPage(dashboard, answers);
-    const page = openPage({ width: COLUMNS * CELL.width + 24, height });
-    await page.navigate(`data:text/html;base64,${Buffer.from(html).toBase64()}`);
-    await Bun.write(file, await page.screenshot());
-    page.close();
-  }
   if (wrong.length + failed.length > 0) process.exitCode = 1;
 }
 
 if (import.meta.main) {
   await main();
-  process.exit(); // the players' sockets and the browser are still open
+  process.exit(); // the players' sockets are still open
 }

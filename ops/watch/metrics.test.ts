@@ -2,34 +2,14 @@
 import { describe, expect, test } from "bun:test";
 import { version } from "../../package.json" with { type: "json" };
 import type { Config, RelayHandle } from "../../server.ts";
-import { Client, TestClock, testRelay } from "../shared/testing.ts";
-
-type Labels = Record<string, string>;
-type Series = { name: string; labels: Labels; value: number };
-
-const UNESCAPED: Labels = { n: "\n", "\\": "\\", '"': '"' };
-
-/** Reads the samples of Prometheus' text format. */
-function parse(text: string): Series[] {
-  const sample = /^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\S+)$/;
-  return text
-    .split("\n")
-    .filter((line) => line !== "" && !line.startsWith("#"))
-    .map((line) => {
-      const [, name = "", pairs = "", value] = sample.exec(line) ?? [];
-      if (name === "") throw new Error(`not a sample: ${line}`);
-      const labels: Labels = {};
-      for (const [, key = "", escaped = ""] of pairs.matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g))
-        labels[key] = escaped.replace(/\\(.)/g, (_, character: string) => UNESCAPED[character] ?? "?");
-      return { name, labels, value: Number(value) };
-    });
-}
-
-const scrape = async (relay: RelayHandle): Promise<string> => (await fetch(`${relay.url}/metrics`)).text();
+import { Client } from "../shared/client.ts";
+import { parseMetrics, scrape } from "../shared/metrics.ts";
+import { TestClock, testRelay } from "../shared/relay.ts";
+import { RawSocket } from "../shared/sockets.ts";
 
 /** The values of one metric by what they are labelled beyond instance, region and version. */
 async function read(relay: RelayHandle, name: string): Promise<Record<string, number>> {
-  const series = parse(await scrape(relay)).filter((one) => one.name === name);
+  const series = parseMetrics(await scrape(relay.url)).filter((one) => one.name === name);
   return Object.fromEntries(
     series.map(({ labels: { instance: _, region: __, version: ___, ...own }, value }) => [Object.values(own).join(), value]),
   );
@@ -42,46 +22,10 @@ const readOne = async (relay: RelayHandle, name: string): Promise<number | undef
 const counted = (values: Record<string, number>): Record<string, number> =>
   Object.fromEntries(Object.entries(values).filter(([, value]) => value !== 0));
 
-/** A WebSocket spoken by hand: for headers that no browser sends, and for reading nothing at all. */
-async function rawSocket(relay: RelayHandle, origin: Uint8Array | string = "raw") {
-  const opened = Promise.withResolvers<void>();
-  const closed = Promise.withResolvers<void>();
-  const socket = await Bun.connect({
-    hostname: "localhost",
-    port: relay.port,
-    socket: {
-      data: () => opened.resolve(),
-      close: () => closed.resolve(),
-      error: () => closed.resolve(),
-    },
-  });
-  const lines = [
-    "GET / HTTP/1.1",
-    "Host: relay",
-    "Connection: Upgrade",
-    "Upgrade: websocket",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
-    "Origin: ",
-  ];
-  socket.write(Buffer.concat([Buffer.from(lines.join("\r\n")), Buffer.from(origin), Buffer.from("\r\n\r\n")]));
-  await opened.promise;
-  return {
-    closed: closed.promise,
-    pause: () => socket.pause(),
-    end: () => socket.end(),
-    /** Sends a frame of at most 125 bytes, masked with zeros. */
-    send(message: object) {
-      const payload = Buffer.from(JSON.stringify(message));
-      socket.write(Buffer.concat([Buffer.from([0x81, 0x80 | payload.length, 0, 0, 0, 0]), payload]));
-    },
-  };
-}
-
 describe("every series", () => {
   test("of the specification is there with a type, a help and no other", async () => {
     await using relay = testRelay();
-    const text = await scrape(relay);
+    const text = await scrape(relay.url);
     const types = Object.fromEntries([...text.matchAll(/^# TYPE (\S+) (\S+)$/gm)].map(([, name, type]) => [name, type]));
     expect(types).toEqual({
       party_sockets_clients: "gauge",
@@ -111,12 +55,14 @@ describe("every series", () => {
 
   test("is labelled with instance, region in upper case and version", async () => {
     await using relay = testRelay({ instance: "m1", region: "ams" });
-    for (const { labels } of parse(await scrape(relay))) expect(labels).toMatchObject({ instance: "m1", region: "AMS", version });
+    for (const { labels } of parseMetrics(await scrape(relay.url)))
+      expect(labels).toMatchObject({ instance: "m1", region: "AMS", version });
   });
 
   test("says local where instance and region are unset", async () => {
     await using relay = testRelay();
-    for (const { labels } of parse(await scrape(relay))) expect(labels).toMatchObject({ instance: "local", region: "local" });
+    for (const { labels } of parseMetrics(await scrape(relay.url)))
+      expect(labels).toMatchObject({ instance: "local", region: "local" });
   });
 
   test("is served as Prometheus' text format", async () => {
@@ -164,7 +110,7 @@ describe("every series", () => {
     await using relay = testRelay();
     const host = await Client.open(relay.url);
     const room = await host.create(8, "secret-client");
-    const text = await scrape(relay);
+    const text = await scrape(relay.url);
     expect(text).not.toContain(room);
     expect(text).not.toContain("secret-client");
   });
@@ -295,7 +241,7 @@ describe("origins", () => {
     await using relay = testRelay();
     await visit(relay, "__other__");
     for (let i = 0; i < ORIGINS_SHOWN + 5; i++) await visit(relay, `https://${i}`);
-    const series = parse(await scrape(relay)).filter(
+    const series = parseMetrics(await scrape(relay.url)).filter(
       ({ name, labels }) => name === "party_sockets_connections_total" && labels.origin === "__other__",
     );
     expect(series.map(({ value }) => value)).toEqual([1 + 5]);
@@ -313,10 +259,12 @@ describe("origins", () => {
     "# HELP party_sockets_clients",
     "x".repeat(300), // cut at 256
   ];
+  /** Its header may hold what no browser writes. */
+  const visitRaw = async (relay: RelayHandle, Origin: string) => (await RawSocket.open(relay.url, "/", { Origin })).end();
 
   test("arrive as the client wrote them, whatever they contain", async () => {
     await using relay = testRelay();
-    for (const origin of hostile) (await rawSocket(relay, Buffer.from(origin, "latin1"))).end();
+    for (const origin of hostile) await visitRaw(relay, origin);
     const shown = Object.keys(await read(relay, "party_sockets_connections_total"));
     expect(shown.toSorted()).toEqual(hostile.map((origin) => origin.slice(0, 256)).toSorted());
   });
@@ -325,8 +273,8 @@ describe("origins", () => {
     "don't stop `promtool check metrics` from finding nothing wrong (needs Debian's prometheus)",
     async () => {
       await using relay = testRelay({ instance: "m1", region: "ams" });
-      for (const origin of hostile) (await rawSocket(relay, Buffer.from(origin, "latin1"))).end();
-      const input = Buffer.from(await scrape(relay));
+      for (const origin of hostile) await visitRaw(relay, origin);
+      const input = Buffer.from(await scrape(relay.url));
       const { exitCode, stdout, stderr } = Bun.spawnSync(["promtool", "check", "metrics"], { stdin: input });
       expect({ exitCode, says: `${stdout}${stderr}` }).toEqual({ exitCode: 0, says: "" });
     },
@@ -459,7 +407,7 @@ describe("coming and going", () => {
     await using relay = testRelay();
     const host = await Client.open(relay.url);
     const room = await host.create();
-    const slow = await rawSocket(relay);
+    const slow = await RawSocket.open(relay.url);
     slow.send({ type: "join", clientId: "slow", room });
     await host.next(); // peer_joined
     slow.pause();

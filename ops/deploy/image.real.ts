@@ -1,0 +1,161 @@
+/**
+ * The image, built and run as somebody runs it who gives it no more than it needs. The base image is stood in for by Bun, a
+ * shell and the libraries that the two load, under the official name: nothing is downloaded.
+ */
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { chmod } from "node:fs/promises";
+import { join } from "node:path";
+import { packageManager, version } from "../../package.json" with { type: "json" };
+import { LIMITS } from "../../server.ts";
+import { Client } from "../shared/client.ts";
+import { freePort, ROOT } from "../shared/processes.ts";
+import { Engine, Failed, TIGHT, whyNoEngine } from "./engine.ts";
+
+const BASE = `docker.io/oven/${packageManager.replace("@", ":")}-slim`;
+const IMAGE = "localhost/party-sockets";
+const SOURCE = "https://example.org/party-sockets";
+
+/** Makes the stand-in of the official base image: its user, its variables, its entry point, and Bun. */
+async function buildBase(engine: Engine): Promise<void> {
+  const root = join(engine.home, "base");
+  const put = async (path: string, content: string | Bun.BunFile) => {
+    await Bun.write(join(root, path), content);
+    await chmod(join(root, path), 0o755);
+  };
+  for (const [path, from] of Object.entries({ "usr/local/bin/bun": process.execPath, "bin/sh": "/bin/sh" })) {
+    await put(path, Bun.file(from));
+    const libraries = (await engine.run("ldd", from)).matchAll(/(?<=^\t|=> )\/\S+/gm);
+    for (const [library] of libraries) await put(library, Bun.file(library));
+  }
+  await put("etc/passwd", "root:x:0:0::/root:/bin/sh\nbun:x:1000:1000::/home/bun:/bin/sh\n");
+  await put("etc/group", "root:x:0:\nbun:x:1000:\n");
+  await put("usr/local/bin/docker-entrypoint.sh", '#!/bin/sh\nset -e\nexec "$@"\n');
+  const dockerfile = join(engine.home, "Dockerfile");
+  await Bun.write(
+    dockerfile,
+    `FROM scratch
+     COPY . /
+     ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+     ENV BUN_RUNTIME_TRANSPILER_CACHE_PATH=0
+     WORKDIR /home/bun/app
+     ENTRYPOINT ["/usr/local/bin/docker-entrypoint.sh"]
+     CMD ["/usr/local/bin/bun"]`,
+  );
+  await engine.build(BASE, root, `--file=${dockerfile}`);
+}
+
+type Image = {
+  Labels: Record<string, string>;
+  Config: { User: string; ExposedPorts: object; Env: string[] };
+  /** Its times are in nanoseconds. */
+  Healthcheck: { Timeout: number };
+};
+
+describe.skipIf(whyNoEngine !== undefined)(`the image${whyNoEngine ?? ""}`, () => {
+  let engine: Engine;
+  beforeAll(async () => {
+    engine = await Engine.open();
+    await buildBase(engine);
+    await engine.build(IMAGE, ROOT, `--build-arg=SOURCE=${SOURCE}`);
+  });
+  afterAll(() => engine[Symbol.asyncDispose]());
+
+  async function inspect(): Promise<Image> {
+    const [image] = JSON.parse(await engine.podman("image", "inspect", IMAGE)) as [Image];
+    return image;
+  }
+
+  /** Starts a relay in a container. @param options podman's */
+  async function start(...options: string[]) {
+    const port = freePort();
+    const name = `relay-${port}`;
+    const relay = engine.start(name, `--env=PORT=${port}`, ...options, IMAGE);
+    await relay.line(/ listening /);
+    return {
+      url: `http://localhost:${port}`,
+      /** The relay's exit code. */
+      exited: relay.exited,
+      podman: (...command: string[]) => engine.podman(...command, name),
+      /** Runs the image's HEALTHCHECK once. */
+      async isHealthy(): Promise<boolean> {
+        try {
+          await engine.podman("healthcheck", "run", name);
+          return true;
+        } catch (error) {
+          if (error instanceof Failed && error.exitCode === 1) return false;
+          throw error; // there was no check
+        }
+      },
+      async [Symbol.asyncDispose]() {
+        await engine.podman("rm", "--force", "--ignore", "--time=0", name);
+        await relay.exited;
+      },
+    };
+  }
+
+  test("names its version, its source, its user and its port, and holds nothing but what runs", async () => {
+    const { Labels, Config } = await inspect();
+    expect(Labels).toMatchObject({
+      "org.opencontainers.image.version": version,
+      "org.opencontainers.image.source": SOURCE,
+    });
+    expect(Config).toMatchObject({ User: "bun", ExposedPorts: { "3000/tcp": {} } });
+    expect(Config.Env).toContain("PORT=3000");
+    const list = "console.log(require('node:fs').readdirSync('.').toSorted().join(' '))";
+    expect(await engine.podman("run", "--rm", IMAGE, "bun", "-e", list)).toBe("package.json regions.ts server.ts");
+  });
+
+  test("runs on the least that it can be given; a stop lets a party play on, closes it with 1012 and ends with 0", async () => {
+    await using relay = await start(...TIGHT);
+    expect(await (await fetch(`${relay.url}/health`)).json()).toEqual({ status: "ok" });
+    expect(await relay.isHealthy()).toBe(true);
+
+    const host = await Client.open(relay.url);
+    const guest = await Client.open(relay.url);
+    const room = await host.create();
+    expect(await guest.join(room, "guest")).toEqual({ type: "joined", room, index: 1, peers: [0] });
+    expect(await host.next()).toEqual({ type: "peer_joined", index: 1 });
+    host.send({ type: "send", data: "go" });
+    expect(await guest.next()).toEqual({ type: "message", from: 0, data: "go" });
+
+    const stopped = relay.podman("stop", "--time=10"); // as long as docker waits before it kills
+    for (const player of [host, guest]) expect(await player.next()).toEqual({ type: "draining", seconds: LIMITS.drainSeconds });
+    guest.send({ type: "send", data: { x: 1 }, to: 0 });
+    expect(await host.next()).toEqual({ type: "message", from: 1, data: { x: 1 } });
+    for (const player of [host, guest]) expect(await player.closed).toEqual({ code: 1012, reason: "restarting" });
+    await stopped;
+    expect(await relay.exited).toBe(0);
+  });
+
+  test("says what is wrong with a variable, and ends with 1", async () => {
+    const relay = engine.start("refused", "--env=PORT=x", IMAGE);
+    expect(await relay.exited).toBe(1);
+    expect(relay.lines).toContain('PORT must be a whole number from 0 to 65535, not "x"');
+  });
+
+  test("is healthy while it drains", async () => {
+    await using relay = await start("--env=DRAIN_SECONDS=3");
+    const player = await Client.open(relay.url);
+    await player.create();
+    await relay.podman("kill", "--signal=TERM"); // podman checks no container that it is stopping itself
+    expect(await player.next()).toEqual({ type: "draining", seconds: 3 });
+    expect(await relay.isHealthy()).toBe(true);
+    expect(await player.closed).toEqual({ code: 1012, reason: "restarting" });
+    expect(await relay.exited).toBe(0);
+  });
+
+  test("is asked for its health past an HTTP proxy that the environment names", async () => {
+    await using relay = await start("--env=HTTP_PROXY=http://localhost:1", "--env=http_proxy=http://localhost:1");
+    expect(await relay.isHealthy()).toBe(true);
+  });
+
+  test("is unhealthy while it hangs: the check ends by itself, in the time that it has; healthy when it goes on", async () => {
+    await using relay = await start(...TIGHT);
+    await relay.podman("kill", "--signal=STOP");
+    const begun = Bun.nanoseconds();
+    expect(await relay.isHealthy()).toBe(false); // podman would wait for it forever
+    expect(Bun.nanoseconds() - begun).toBeLessThan((await inspect()).Healthcheck.Timeout);
+    await relay.podman("kill", "--signal=CONT");
+    expect(await relay.isHealthy()).toBe(true);
+  });
+});
