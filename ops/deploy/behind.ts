@@ -29,7 +29,7 @@ export async function ask(url: string, target: string, from: string, headers: Re
 }
 
 /** Spellings of a path that a relay or a proxy may take for `/metrics`. */
-const METRICS = [
+export const METRICS = [
   ..."/metrics /metrics/ //metrics /metrics?x /%6detrics /metrics%2f /metrics;x /metrics%20 /metrics%00 /metrics\\".split(" "),
   ..."/./metrics /%2e/metrics /x/../metrics /x/%2E%2e/metrics /x//../metrics /%zz/../metrics /x%/../metrics".split(" "),
   ..."/\\metrics /x\\..\\metrics /x/..\\metrics /x%5c..%5cmetrics http://HOST/metrics HTTP://HOST/metrics".split(" "),

@@ -20,6 +20,12 @@ const serve = Bun.serve;
       if (headers.get("x-relay-src") || (pin !== null && !peers.includes(pin))) headers.set("fly-replay-src", "1");
       if (headers.get("x-relay-failed")) headers.set("fly-replay-failed", "1");
       const upgrade = headers.has("upgrade");
+      if (!upgrade && pin !== null && !peers.includes(pin)) {
+        const url = new URL(request.url, "http://x");
+        url.searchParams.delete("instance");
+        request = new Request(url, { headers });
+        request.headers.delete("fly-replay-src");
+      }
       if (draining && upgrade && pin === null && !/^\/\w{6}$/.test(path)) return new Response("", { status: 503 });
       const answer: Response | undefined = await options.fetch(request, server);
       const [, to] = /^instance=([^;]*)/.exec(answer?.headers.get("fly-replay") ?? "") ?? [];

@@ -1,0 +1,402 @@
+/** Three relays behind nginx, as nginx-cluster.conf and nginx-relays.conf set it up. */
+import { describe, expect, test } from "bun:test";
+import { join } from "node:path";
+import { temporaryDirectory } from "../shared/directory.ts";
+import { Client } from "../shared/client.ts";
+import { parseMetrics, scrape } from "../shared/metrics.ts";
+import { freePort, RelayProcess } from "../shared/processes.ts";
+import { handshake, RawSocket } from "../shared/sockets.ts";
+import { until, within } from "../shared/wait.ts";
+import { ask, METRICS } from "./behind.ts";
+import { type Edits, nginx, type Proxy, read, startNginx } from "./testing.ts";
+
+const SERVER = join(import.meta.dir, "stand-in.ts");
+const IDS = ["4501", "4502", "4503"]; // as they stand in nginx-relays.conf
+
+type Cluster = AsyncDisposable & {
+  /** Where nginx listens. */
+  url: string;
+  nginx: Proxy;
+  /** The relays, by their ids. */
+  relays: Map<string, RelayProcess>;
+  ids: string[];
+  /** Starts another nginx, that opens all new sockets and asks all codes at these relays first. @returns its URL */
+  entrance(...ids: string[]): Promise<string>;
+  /** A client in a new room, on each of the relays, through nginx. */
+  hosts(): Promise<{ id: string; room: string; host: Client }[]>;
+};
+
+/** Starts three relays, named by their ports, and nginx. @param env more variables of the relays */
+async function startCluster(env: Record<string, string> = {}): Promise<Cluster> {
+  await using starting = new AsyncDisposableStack();
+  let stack = starting;
+  const directory = stack.use(await temporaryDirectory("cluster")).path;
+  const ids = IDS.map(() => `${freePort()}`);
+  const peers = { PEERS: ids.join(), PEER_ADDRESS: "127.0.0.1:{id}", HOST: "127.0.0.1" };
+  const start = (id: string) => RelayProcess.start({ ...peers, PORT: id, INSTANCE_ID: id, ...env }, SERVER);
+  const relays = new Map<string, RelayProcess>();
+  for (const relay of await Promise.all(ids.map(start))) relays.set(`${relay.port}`, stack.use(relay));
+  const relaysConf = IDS.reduce(
+    (text, id, i) => text.replaceAll(`127.0.0.1:${id}`, `127.0.0.1:${ids[i]}`),
+    await read("nginx-relays.conf"),
+  );
+  const entrance = async (...chosen: string[]): Promise<Proxy> => {
+    const others = ids.filter((id) => !chosen.includes(id));
+    const lines = relaysConf.split("\n").filter((line) => !others.some((id) => line.includes(`server 127.0.0.1:${id}`)));
+    const file = join(directory, `relays-${chosen.join("-")}.conf`);
+    await Bun.write(file, lines.join("\n"));
+    const address = `127.0.0.1:${freePort()}`;
+    const edits: Edits = {
+      "listen 80;": `listen ${address};`,
+      "http {": `http { include ${file};`,
+      "worker_processes 1": "worker_processes 2",
+    };
+    return stack.use(await startNginx(`http://${address}`, "nginx-cluster.conf", edits));
+  };
+  const proxy = await entrance(...ids);
+  stack = starting.move();
+  return {
+    url: proxy.url,
+    nginx: proxy,
+    relays,
+    ids,
+    entrance: async (...chosen) => (await entrance(...chosen)).url,
+    async hosts() {
+      return Promise.all(
+        ids.map(async (id) => {
+          const host = await Client.open(`${proxy.url}/?instance=${id}`);
+          return { id, host, room: await host.create() };
+        }),
+      );
+    },
+    [Symbol.asyncDispose]: () => stack.disposeAsync(),
+  };
+}
+
+const unknown = "1abcde"; // a code that no room has
+
+/** How often the relays have asked each other for a room. */
+async function probes({ relays }: Cluster): Promise<number> {
+  const samples = await Promise.all([...relays.values()].map(async ({ url }) => parseMetrics(await scrape(url))));
+  return samples.flat().reduce((sum, { name, value }) => sum + (name === "party_sockets_probes_total" ? value : 0), 0);
+}
+
+/** Opens a socket without a code, creates a room, and leaves. @returns the relay that has taken it */
+async function newcomer(url: string): Promise<string> {
+  const client = await Client.open(url);
+  const { instance } = await client.ask({ type: "create", clientId: "newcomer", maxClients: 2 });
+  await client.close();
+  return instance;
+}
+
+/** A party on each relay: a host and a guest, through nginx. */
+async function parties(cluster: Cluster) {
+  return Promise.all(
+    (await cluster.hosts()).map(async ({ id, room, host }) => {
+      const { client: guest } = await joins(`${cluster.url}/${room}`, room, "guest");
+      await host.next(); // peer_joined
+      return { id, room, host, guest };
+    }),
+  );
+}
+
+type Party = Awaited<ReturnType<typeof parties>>[number];
+
+/** Sees that what the host says now is the next thing that the guest hears. */
+async function goesOn({ host, guest }: Party): Promise<void> {
+  const data = Math.random();
+  host.send({ type: "send", data });
+  expect(await guest.next()).toEqual({ type: "message", from: 0, data });
+}
+
+/** Joins with a socket to a path. @returns the client and the answer to its join */
+async function joins(url: string, room: string, clientId: string) {
+  const client = await Client.open(url);
+  return { client, answer: await client.join(room, clientId) };
+}
+
+describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`, () => {
+  test("take new sockets in turn", async () => {
+    await using cluster = await startCluster();
+    const taken: string[] = [];
+    for (const _ of [1, 2]) {
+      const hosts = await Promise.all(
+        cluster.ids.map(async () => {
+          const host = await Client.open(cluster.url);
+          return (await host.ask({ type: "create", clientId: "host", maxClients: 2 })).instance as string;
+        }),
+      );
+      taken.push(...hosts.toSorted());
+    }
+    expect(taken).toEqual([...cluster.ids.toSorted(), ...cluster.ids.toSorted()]);
+  });
+
+  test("find a room from every entrance, by code and by pin, over HTTP and for WebSockets", async () => {
+    await using cluster = await startCluster();
+    const hosts = await cluster.hosts();
+    for (const entranceId of cluster.ids) {
+      const entrance = await cluster.entrance(entranceId);
+      for (const { id, room, host } of hosts) {
+        const lookUp = await fetch(`${entrance}/room/${room}`);
+        expect({ status: lookUp.status, by: lookUp.headers.get("X-Instance-Id") }).toEqual({ status: 200, by: id });
+        expect(await lookUp.json()).toEqual({ clients: 1, maxClients: 8, origin: "unknown" });
+        for (const path of [`/${room}`, `/?instance=${id}`, `/any/path?x=%2f&instance=${id}`]) {
+          const { client, answer } = await joins(entrance + path, room, "guest");
+          expect(answer).toMatchObject({ type: "joined", peers: [0] });
+          const { index } = await host.next();
+          host.send({ type: "send", to: index, data: "welcome" });
+          expect(await client.next()).toEqual({ type: "message", from: 0, data: "welcome" });
+          client.send({ type: "leave" });
+          expect(await host.next()).toEqual({ type: "peer_left", index, reason: "left" });
+        }
+      }
+    }
+  });
+
+  test("give a player who comes back its slot, and its old socket 4000", async () => {
+    await using cluster = await startCluster();
+    for (const { id, room } of await cluster.hosts()) {
+      const { client: old } = await joins(`${cluster.url}/${room}`, room, "guest");
+      const { client, answer } = await joins(`${cluster.url}/${room}`, room, "guest");
+      expect(answer).toMatchObject({ type: "joined", index: 1 });
+      expect(await old.closed).toEqual({ code: 4000, reason: "replaced" });
+      client.terminate();
+      const again = await joins(`${cluster.url}/?instance=${id}`, room, "guest");
+      expect(again.answer).toMatchObject({ type: "joined", index: 1 });
+    }
+  });
+
+  test("ignore a pin to a relay that there never was", async () => {
+    await using cluster = await startCluster();
+    const [{ room } = { room: "" }] = await cluster.hosts();
+    for (const pin of ["4599", "nobody", "..", "4501;x", "", "%0d%0aX-Accel-Redirect:%20/@relay/1"]) {
+      expect((await fetch(`${cluster.url}/room/${room}?instance=${pin}`, { redirect: "manual" })).status).toBe(200);
+      expect((await joins(`${cluster.url}/${room}?instance=${pin}`, room, "guest")).answer).toMatchObject({ type: "joined" });
+    }
+  });
+
+  test("ask each other once at most for a code that nobody has", async () => {
+    await using cluster = await startCluster();
+    const entrance = await cluster.entrance(cluster.ids[0] as string);
+    expect((await fetch(`${entrance}/room/${unknown}`)).status).toBe(404);
+    expect(await probes(cluster)).toBe(2);
+    const { answer } = await joins(`${entrance}/1abcdf`, "1abcdf", "guest");
+    expect(answer).toMatchObject({ code: "room_not_found" });
+    expect(await probes(cluster)).toBe(4);
+  });
+
+  test("count wrong codes for the client's own address, whatever headers it sends", async () => {
+    await using cluster = await startCluster({ MAX_MISSES_PER_MINUTE: "3" });
+    const entrance = await cluster.entrance(cluster.ids[0] as string);
+    const headers: Record<string, string>[] = [
+      { "X-Forwarded-For": "192.0.2.1" },
+      { "X-Party-Probe": "1" },
+      { "X-Relay-Src": "1", "X-Relay-Failed": "1", "X-Party-Probe": "1", Connection: "close, X-Forwarded-For" },
+    ];
+    const look = async (from: string, more: Record<string, string>, code = unknown) =>
+      (await ask(entrance, `/room/${code}`, from, more)).status;
+    for (const more of headers) expect(await look("127.0.0.1", more)).toBe(404);
+    for (const more of headers) expect(await look("127.0.0.1", more)).toBe(429);
+    expect(await look("127.0.0.2", {})).toBe(404);
+  });
+
+  test("find a room for a client that claims to have been sent on, or that this failed", async () => {
+    await using cluster = await startCluster();
+    const entrance = await cluster.entrance(cluster.ids[0] as string);
+    const forged = { "X-Relay-Src": "1", "X-Relay-Failed": "1", "X-Accel-Redirect": "/health", "X-Party-Probe": "1" };
+    for (const { id, room } of await cluster.hosts()) {
+      expect((await ask(entrance, `/room/${room}`, "127.0.0.1", forged)).status).toBe(200);
+      for (const path of [`/${room}`, `/?instance=${id}`]) {
+        const client = await Client.open(entrance + path, forged);
+        expect(await client.join(room, "guest")).toMatchObject({ type: "joined" });
+      }
+    }
+  });
+
+  test("are not to be picked by a path from outside", async () => {
+    await using cluster = await startCluster();
+    const [id = ""] = cluster.ids;
+    const paths = [`/@relay/${id}`, "/@relay/", `/%40relay/${id}`, `//@relay/${id}`, `/x/../@relay/${id}`, `/@relay/${id}?x`];
+    for (const path of [...paths, "/@relay/a/b", "/@relay/127.0.0.1:1", "/@relay/metrics"]) {
+      expect({ path, status: (await ask(cluster.url, path, "127.0.0.1")).status }).toEqual({ path, status: 404 });
+      const raw = await RawSocket.connect(cluster.url);
+      raw.write(handshake(path));
+      expect(await raw.head()).toStartWith("HTTP/1.1 404 ");
+    }
+  });
+
+  test("show nobody their metrics", async () => {
+    await using cluster = await startCluster();
+    for (const path of ["/metrics", "/metrics/", "/metrics?x", `/metrics?instance=${cluster.ids[0]}`])
+      expect((await ask(cluster.url, path, "127.0.0.1")).status).toBe(403);
+    const host = new URL(cluster.url).host;
+    const answers = METRICS.flatMap((path) => [path, `${path}?instance=${cluster.ids[0]}`]).map(async (path) => {
+      const { text } = await ask(cluster.url, path.replace("HOST", host), "127.0.0.1");
+      return text.includes("party_sockets") ? path : undefined;
+    });
+    expect((await Promise.all(answers)).filter(Boolean)).toEqual([]);
+  });
+
+  test("are not taken for dead because of what a client sends", async () => {
+    await using cluster = await startCluster();
+    const requests = [
+      ...["POST", "PUT", "FOO", "TRACE", "PROPFIND"].map((method) => `${method} / HTTP/1.1\r\nHost: x\r\n\r\n`),
+      `GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n${"x".repeat(100_000)}`,
+      "GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+      `GET / HTTP/1.1\r\nHost: x\r\n${`A: ${"x".repeat(8_000)}\r\n`.repeat(3)}\r\n`,
+      `GET / HTTP/1.1\r\nHost: x\r\n${"A: x\r\n".repeat(500)}\r\n`,
+      handshake(`/${"x".repeat(8_000)}`),
+      handshake("/", { "Sec-WebSocket-Extensions": "x".repeat(8_000) }),
+      handshake("/", { "Sec-WebSocket-Key": "x" }),
+      handshake("/", { Host: "[::1]:99999" }),
+      handshake("/", { Upgrade: "h2c" }),
+    ];
+    for (const request of requests) {
+      const raw = await RawSocket.connect(cluster.url);
+      raw.write(request);
+      expect(await within(raw.head(), `the answer to ${request.slice(0, 100)}`)).toStartWith("HTTP/1.1 ");
+      raw.reset();
+    }
+    expect(cluster.nginx.process.lines.filter((line) => /upstream|crit|alert/.test(line))).toEqual([]);
+  });
+
+  test("go on, all of them, if a client has made nginx believe that each of them failed", async () => {
+    await using cluster = await startCluster();
+    const hosts = await cluster.hosts();
+    const disabled = () => cluster.nginx.process.lines.filter((line) => line.includes("temporarily disabled")).length;
+    await until("nginx to believe that", async () => {
+      const raw = await RawSocket.connect(cluster.url);
+      raw.write(handshake("/", { "Sec-WebSocket-Protocol": "x".repeat(8_000) })); // comes back, in an answer too long for nginx
+      expect(await raw.head()).toStartWith("HTTP/1.1 502 ");
+      return disabled() >= 3;
+    });
+    expect(new Set([await newcomer(cluster.url), await newcomer(cluster.url), await newcomer(cluster.url)]).size).toBe(3);
+    for (const { id, room } of hosts) {
+      expect((await fetch(`${cluster.url}/room/${room}`)).status).toBe(200);
+      expect((await joins(`${cluster.url}/${room}`, room, "guest")).answer).toMatchObject({ type: "joined" });
+      expect((await joins(`${cluster.url}/?instance=${id}`, room, "another")).answer).toMatchObject({ type: "joined" });
+    }
+  });
+
+  test("lose one that is killed: its rooms are over, and nothing else is", async () => {
+    await using cluster = await startCluster();
+    const [lost, ...others] = (await parties(cluster)) as [Party, Party, Party];
+    cluster.relays.get(lost.id)!.signal("SIGKILL");
+    for (const player of [lost.host, lost.guest]) expect((await player.closed).code).toBe(1006);
+    for (const party of others) await goesOn(party);
+    for (const _ of [1, 2, 3, 4]) expect(await newcomer(cluster.url)).not.toBe(lost.id);
+    for (const { id, room } of others) {
+      expect((await fetch(`${cluster.url}/room/${room}`)).status).toBe(200);
+      for (const path of [`/${room}`, `/?instance=${id}`])
+        expect((await joins(cluster.url + path, room, path)).answer).toMatchObject({ type: "joined" });
+    }
+    expect((await fetch(`${cluster.url}/room/${lost.room}`)).status).toBe(404);
+    for (const path of [`/${lost.room}`, `/?instance=${lost.id}`])
+      expect((await joins(cluster.url + path, lost.room, "guest")).answer).toMatchObject({ code: "room_not_found" });
+    const stale = await fetch(`${cluster.url}//elsewhere/x?a=1&instance=${lost.id}`, { redirect: "manual" });
+    expect({ status: stale.status, location: stale.headers.get("Location") }).toEqual({
+      status: 302,
+      location: "/elsewhere/x?a=1",
+    });
+  });
+
+  test("drain one after another: its party goes on, newcomers meet the others, nobody is refused", async () => {
+    await using cluster = await startCluster({ DRAIN_SECONDS: "60" });
+    const [draining, ...others] = (await parties(cluster)) as [Party, Party, Party];
+    const relay = cluster.relays.get(draining.id)!;
+    const doorstep = await cluster.entrance(draining.id); // who is sent to the one that drains, for a code or a pin
+    relay.signal("SIGTERM");
+    for (const player of [draining.host, draining.guest]) expect(await player.next()).toEqual({ type: "draining", seconds: 60 });
+    for (const _ of [1, 2, 3, 4]) expect(await newcomer(cluster.url)).not.toBe(draining.id);
+    await goesOn(draining);
+    for (const url of [cluster.url, doorstep])
+      for (const { id, room } of [draining, ...others]) {
+        expect((await fetch(`${url}/room/${room}`)).status).toBe(200);
+        for (const path of [`/${room}`, `/?instance=${id}`])
+          expect((await joins(url + path, room, `${url}${path}`)).answer).toMatchObject({ type: "joined" });
+      }
+    draining.host.send({ type: "close_room" });
+    expect(await draining.guest.closed).toEqual({ code: 4001, reason: "room closed" });
+    expect(await within(relay.exited, "the relay's end")).toBe(0);
+    for (const { host, guest } of others) {
+      await host.soFar();
+      await guest.soFar();
+    }
+    for (const party of others) await goesOn(party);
+  });
+
+  const HUNG_MS = 15_000; // proxy_read_timeout
+  const SLACK_MS = 5_000;
+
+  test.concurrent("cut the players of one that hangs, find the others' rooms at once, and let their parties go on", async () => {
+    await using cluster = await startCluster();
+    const [hung, ...others] = (await parties(cluster)) as [Party, Party, Party];
+    const relay = cluster.relays.get(hung.id)!;
+    relay.signal("SIGSTOP");
+    // nginx may begin with the one that hangs, and then with another one, which asks it for 1 s.
+    const lookUp = (code: string) =>
+      within(fetch(`${cluster.url}/room/${code}`), "the look-up", 2_000 + 1_000 + SLACK_MS).then(({ status }) => status);
+    expect(await Promise.all([hung.room, unknown, ...others.map(({ room }) => room)].map(lookUp))).toEqual([404, 404, 200, 200]);
+    for (const { id, room } of others)
+      for (const path of [`/${room}`, `/?instance=${id}`]) {
+        const joined = joins(cluster.url + path, room, path);
+        expect((await within(joined, "the join", SLACK_MS)).answer).toMatchObject({ type: "joined" });
+      }
+    expect((await within(pinned, "the join with a pin", 2 * HUNG_MS + SLACK_MS)).answer).toMatchObject({
+      code: "room_not_found",
+    });
+    for (const player of [hung.host, hung.guest])
+      expect((await within(player.closed, "the end of its sockets", HUNG_MS + SLACK_MS)).code).toBe(1006);
+    for (const { host, guest } of others) {
+      // They said nothing meanwhile, for longer than nginx waits for a relay.
+      expect(await guest.soFar()).toSatisfy((frames) => frames.every(({ type }) => type === "peer_joined"));
+      await host.soFar();
+    }
+    for (const party of others) await goesOn(party);
+    relay.signal("SIGCONT");
+    const again = await joins(`${cluster.url}/?instance=${hung.id}`, hung.room, "late");
+    expect(await again.client.ask({ type: "create", clientId: "late", maxClients: 2 })).toMatchObject({ instance: hung.id });
+  });
+});
+
+/** Network namespaces: one in which relays and nginx run, and one outside, from which only 10.78.0.2 is to be reached. */
+async function twoNetworks() {
+  await using stack = new AsyncDisposableStack();
+  const ip = async (command: string) => {
+    const { exitCode, stderr } = await run(["ip", ...command.split(" ")]);
+    if (exitCode !== 0) throw new Error(`ip ${command}: ${stderr}`);
+  };
+  const names = { inside: `party-sockets-${process.pid}-in`, outside: `party-sockets-${process.pid}-out` };
+  for (const name of Object.values(names)) {
+    await ip(`netns add ${name}`);
+    stack.defer(() => ip(`netns del ${name}`));
+    await ip(`-n ${name} link set lo up`);
+  }
+  const { inside, outside } = names;
+  await ip(`link add name eth0 netns ${inside} type veth peer name eth0 netns ${outside}`);
+  for (const [name, address] of [
+    [inside, "10.78.0.2"],
+    [outside, "10.78.0.1"],
+  ]) {
+    await ip(`-n ${name} addr add ${address}/24 dev eth0`);
+    await ip(`-n ${name} link set eth0 up`);
+  }
+  await ip(`-n ${outside} route add default via 10.78.0.2`);
+  // A network in which nobody answers for an address that isn't there: what is sent to it is lost.
+  await ip(`-n ${inside} link add relays type dummy`);
+  await ip(`-n ${inside} link set relays up`);
+  for (const end of [10, 11, 12]) await ip(`-n ${inside} addr add 10.77.0.${end}/24 dev relays`);
+  const kept = stack.move();
+  const enter = (name: string) => ["ip", "netns", "exec", name];
+  return {
+    inside: enter(inside),
+    /** Runs a program's text outside. @returns what it printed, parsed */
+    async outside(program: string): Promise<unknown> {
+      const text = `import { Client } from "${import.meta.dir}/../shared/client.ts";\n${program}`;
+      const { exitCode, stdout, stderr } = await run([...enter(outside), process.execPath, "-e", text]);
+      if (exitCode !== 0) throw new Error(stderr);
+      return JSON.parse(stdout);
+    },
+    [Symbol.asyncDispose]: () => kept.disposeAsync(),
+  };
+}
