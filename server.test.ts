@@ -1,18 +1,19 @@
 import { describe, expect, test } from "bun:test";
 import { Client } from "./ops/shared/client.ts";
 import { TestClock, testRelay } from "./ops/shared/relay.ts";
-import { REGIONS } from "./regions.ts";
-import type { Asked, ClientMessage, Config, Route } from "./server.ts";
+import { encodeCode, newCode, regionOf, REGIONS } from "./regions.ts";
+import type { ClientMessage, Config, Incoming, Route, Siblings } from "./server.ts";
 import {
   addressKey,
   configFromEnv,
   ConfigError,
-  encodeCode,
-  newCode,
+  flyCluster,
+  nginxCluster,
   parseMachines,
-  regionOf,
   route,
+  startRelay,
   systemClock,
+  VERSION,
 } from "./server.ts";
 
 /** A relay with a room of which `host` is the creator and `guests` the others, all greetings read. */
@@ -87,9 +88,10 @@ describe("create", () => {
     ["linger 301", { clientId: "a", maxClients: 2, linger: 301 }, "linger must be a whole number from 0 to 300"],
     ["linger null", { clientId: "a", maxClients: 2, linger: null }, "linger must be a whole number from 0 to 300"],
     ["linger -1", { clientId: "a", maxClients: 2, linger: -1 }, "linger must be a whole number from 0 to 300"],
-    ["hostGrace 0", { clientId: "a", maxClients: 2, hostGrace: 0 }, "hostGrace must be a whole number from 1 to 3600"],
-    ["hostGrace 1.5", { clientId: "a", maxClients: 2, hostGrace: 1.5 }, "hostGrace must be a whole number from 1 to 3600"],
+    ["hostGrace -1", { clientId: "a", maxClients: 2, hostGrace: -1 }, "hostGrace must be a whole number from 0 to 3600"],
+    ["hostGrace 1.5", { clientId: "a", maxClients: 2, hostGrace: 1.5 }, "hostGrace must be a whole number from 0 to 3600"],
     ["migrate 1", { clientId: "a", maxClients: 2, hostGrace: 1, migrate: 1 }, "migrate must be true or false"],
+    ["migrate with no grace", { clientId: "a", maxClients: 2, hostGrace: 0, migrate: true }, "migrate needs hostGrace"],
     ["migrate alone", { clientId: "a", maxClients: 2, migrate: true }, "migrate needs hostGrace"],
   ];
   for (const [what, fields, message] of refused) {
@@ -321,11 +323,18 @@ describe("send", () => {
       expect(await p.guest.soFar()).toEqual([]);
     });
 
-  test("is told so for a slot that is vacant", async () => {
-    await using p = await party(1);
+  test("to a slot that is only away is told peer_away, with the older message; in a list it is just missing", async () => {
+    await using p = await party(2);
     await p.guest.close();
     await p.host.next();
+    expect(await p.host.ask({ type: "send", data: 1, to: 1 })).toEqual(error("Target peer not found", "peer_away"));
+    expect(await p.host.ask({ type: "send", data: 1, to: [1] })).toEqual({
+      ...error("Target peer not found", "peer_not_found"),
+      missing: [1],
+    });
+    p.host.send({ type: "kick", index: 1 });
     expect(await p.host.ask({ type: "send", data: 1, to: 1 })).toMatchObject({ code: "peer_not_found" });
+    expect(await p.host.ask({ type: "send", data: 1, to: 7 })).toMatchObject({ code: "peer_not_found" });
   });
 
   test("to several reaches the connected ones once, and names the missing ascending", async () => {
@@ -688,6 +697,178 @@ describe("set_host", () => {
   });
 });
 
+describe("offer_slot and claim", () => {
+  const claim = (client: Client, room: string, clientId: string, token: string) =>
+    client.ask({ type: "join", room, clientId, claim: token });
+  const NOT_FOUND = error("Claim not found", "claim_not_found");
+  async function offered(guests = 1, overrides: Partial<Config> = {}, options: object = {}) {
+    const p = await party(guests, overrides, options);
+    const { index, token } = await p.host.ask({ type: "offer_slot", index: 1 });
+    expect(index).toBe(1);
+    return { ...p, token: token as string };
+  }
+
+  test("give whoever asked a token, and nobody else anything", async () => {
+    await using p = await party(2);
+    for (const message of [{ type: "offer_slot" }, { type: "offer_slot", index: 1 }] as const)
+      expect(await p.guest.ask(message)).toEqual({
+        type: "slot_offer",
+        index: 1,
+        token: expect.stringMatching(/^[\w-]{22}$/),
+      });
+    expect(await p.host.soFar()).toEqual([]);
+    expect(await p.second.soFar()).toEqual([]);
+  });
+  test("move a slot whose socket is open: that one gets 4000, peers see nothing, the old clientId is a stranger", async () => {
+    await using p = await offered();
+    const phone = await p.open();
+    expect(await claim(phone, p.room, "new phone", p.token)).toEqual({
+      type: "joined",
+      room: p.room,
+      index: 1,
+      peers: [0],
+    });
+    expect(await p.guest.closed).toEqual({ code: 4000, reason: "replaced" });
+    expect(await p.host.soFar()).toEqual([]);
+    expect(await (await p.open()).join(p.room, "guest-1")).toMatchObject({ index: 2 });
+  });
+  test("move a vacant slot: resumed, for the peers too", async () => {
+    await using p = await offered();
+    await p.guest.close();
+    await p.host.next();
+    expect(await claim(await p.open(), p.room, "new phone", p.token)).toMatchObject({ index: 1, resumed: true });
+    expect(await p.host.next()).toEqual({ type: "peer_joined", index: 1, resumed: true });
+  });
+  test("a token is good once; a reload after the claim comes back by its clientId, whatever it claims", async () => {
+    await using p = await offered();
+    const phone = await p.open();
+    await claim(phone, p.room, "new phone", p.token);
+    expect(await claim(await p.open(), p.room, "another", p.token)).toEqual(NOT_FOUND);
+    await phone.close();
+    expect(await claim(await p.open(), p.room, "new phone", p.token)).toMatchObject({ index: 1, resumed: true });
+  });
+  test("a newer offer replaces an older one, and an offer ends after 300 s", async () => {
+    const clock = new TestClock();
+    await using p = await offered(1, { clock });
+    const { token } = await p.host.ask({ type: "offer_slot", index: 1 });
+    expect(await claim(await p.open(), p.room, "x", p.token)).toEqual(NOT_FOUND);
+    clock.advance(5_000);
+    const later = (await p.host.ask({ type: "offer_slot", index: 1 })).token;
+    expect(await claim(await p.open(), p.room, "x", token)).toEqual(NOT_FOUND);
+    const { now } = clock;
+    clock.now = () => now.call(clock) + 299_999;
+    const inTime = await p.open();
+    expect(await claim(inTime, p.room, "x", later)).toMatchObject({ index: 1 });
+    const last = (await inTime.ask({ type: "offer_slot" })).token;
+    clock.now = () => now.call(clock) + 2 * 299_999 + 1;
+    expect(await claim(await p.open(), p.room, "y", last)).toEqual(NOT_FOUND);
+  });
+  test("a lock keeps no claim out, a full room does, and the offer is still good after that", async () => {
+    await using p = await offered();
+    await p.guest.close();
+    await p.host.next();
+    const third = await p.open();
+    await third.join(p.room, "third");
+    await p.host.next();
+    await p.host.ask({ type: "set_room", locked: true, maxClients: 2 });
+    expect(await claim(await p.open(), p.room, "new", p.token)).toMatchObject({ code: "room_full" });
+    await third.close();
+    await p.host.next();
+    expect(await claim(await p.open(), p.room, "new", p.token)).toMatchObject({ index: 1, resumed: true, locked: true });
+  });
+  test("the host's slot can be offered, and stays host", async () => {
+    await using p = await party(1);
+    const { token } = await p.host.ask({ type: "offer_slot" });
+    const phone = await p.open();
+    expect(await claim(phone, p.room, "new", token)).toMatchObject({ index: 0 });
+    expect(await phone.ask({ type: "set_room", locked: true })).toMatchObject({ type: "room" });
+  });
+  test("are refused for another's slot to who isn't host, and for one that nobody has", async () => {
+    await using p = await party(2);
+    for (const index of [0, 2, 9])
+      expect(await p.guest.ask({ type: "offer_slot", index })).toEqual(
+        error("Only the host can offer another's slot", "not_host"),
+      );
+    for (const index of [9, -1, "1", null, 1.5])
+      expect(await p.host.ask(odd({ type: "offer_slot", index }))).toEqual(error("Target peer not found", "peer_not_found"));
+    expect(await (await p.open()).ask({ type: "offer_slot" })).toMatchObject({ code: "not_in_room" });
+    p.host.send({ type: "kick", index: 1 });
+    await p.host.next();
+    expect(await p.host.ask({ type: "offer_slot", index: 1 })).toMatchObject({ code: "peer_not_found" });
+  });
+  test("a claim is no good after a kick, in another room, or guessed; who is kicked stays out, whatever it claims", async () => {
+    await using p = await offered(2);
+    const { token } = await p.host.ask({ type: "offer_slot", index: 2 });
+    p.host.send({ type: "kick", index: 1 });
+    await p.host.next();
+    expect(await claim(await p.open(), p.room, "x", p.token)).toEqual(NOT_FOUND);
+    expect(await claim(await p.open(), p.room, "guest-1", token)).toMatchObject({ code: "kicked" });
+    const other = await (await p.open()).create();
+    expect(await claim(await p.open(), other, "x", token)).toEqual(NOT_FOUND);
+    for (const guess of ["", "x", `${token}x`, token.toLowerCase() + " "])
+      expect(await claim(await p.open(), p.room, "x", guess)).toEqual(NOT_FOUND);
+    expect(await (await p.open()).ask(odd({ type: "join", room: p.room, clientId: "x", claim: 1 }))).toEqual(
+      error("claim must be a string", "bad_request"),
+    );
+  });
+  test("who is in the room already can't claim, and a clientId that the room knows joins its own slot", async () => {
+    await using p = await offered(2);
+    expect(await claim(p.second, p.room, "x", p.token)).toMatchObject({ code: "already_in_room" });
+    await p.second.close();
+    await p.host.next();
+    expect(await claim(await p.open(), p.room, "guest-2", p.token)).toMatchObject({ index: 2 });
+    expect(await claim(await p.open(), p.room, "x", p.token)).toMatchObject({ index: 1 });
+  });
+  test("a wrong claim is a miss", async () => {
+    await using p = await party(0, { maxMissesPerMinute: 2, addressHeader: "X-Forwarded-For" });
+    const guest = await Client.open(p.relay.url, { "X-Forwarded-For": "9.9.9.9" });
+    for (let i = 0; i < 2; i++) expect(await claim(guest, p.room, "x", "guess")).toEqual(NOT_FOUND);
+    expect(await claim(guest, p.room, "x", "guess")).toMatchObject({ code: "too_many_attempts" });
+    expect((await guest.closed).code).toBe(1008);
+  });
+  test("work in a drain", async () => {
+    await using p = await party(1, { clock: new TestClock() });
+    void p.relay.drain();
+    await p.host.next();
+    const { token } = await p.host.ask({ type: "offer_slot", index: 1 });
+    expect(await claim(await p.open(), p.room, "new", token)).toMatchObject({ index: 1 });
+  });
+});
+
+describe("the operator's defaults", () => {
+  test("linger: a room whose create names none outlives its last socket", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, defaultLingerSeconds: 20 });
+    await p.host.close();
+    while ((await (await p.get("/")).text()) !== "rooms: 1\nclients: 0\n") await Bun.sleep(1);
+    clock.advance(19_000);
+    const host = await p.open();
+    expect(await host.join(p.room, "host")).toMatchObject({ resumed: true });
+    const second = await p.open();
+    const gone = await second.create(2, "second", { linger: 0 });
+    await second.close();
+    while ((await p.get(`/room/${gone}`)).status !== 404) await Bun.sleep(1);
+  });
+  test("hostGrace: closes the room, or with migrate hands the role on; 0 asks for none", async () => {
+    const clock = new TestClock();
+    const rooms = [];
+    await using relay = testRelay({ clock, defaultHostGraceSeconds: 5 });
+    for (const options of [{}, { migrate: true }, { hostGrace: 0 }]) {
+      const host = await Client.open(relay.url);
+      const guest = await Client.open(relay.url);
+      await guest.join(await host.create(4, "host", options), "guest");
+      await host.close();
+      await guest.next();
+      rooms.push(guest);
+    }
+    clock.advance(5_000);
+    const [closed, migrated, endless] = rooms as [Client, Client, Client];
+    expect(await closed.closed).toEqual({ code: 4001, reason: "room closed" });
+    expect(await migrated.next()).toEqual({ type: "host", index: 1 });
+    expect(await endless.soFar()).toEqual([]);
+  });
+});
+
 describe("leave", () => {
   test("gives left, tells the others, keeps the slot, and the socket may join again", async () => {
     await using p = await party(1);
@@ -842,29 +1023,63 @@ describe("HTTP", () => {
 });
 
 describe("misses", () => {
-  test("over the limit are refused, while rooms that exist are still found", async () => {
+  const from = (address: string) => ({ "X-Forwarded-For": address });
+  /** A relay on which `1.1.1.1` has missed as often as it may: over HTTP, or on sockets. */
+  async function usedUp(how: "look-ups" | "joins") {
     const clock = new TestClock();
-    await using p = await party(0, { clock, maxMissesPerMinute: 3 });
-    for (let i = 0; i < 3; i++) expect((await p.get("/room/zzzzzz")).status).toBe(404);
-    expect((await p.get("/room/zzzzzz")).status).toBe(429);
-    expect((await p.get(`/room/${p.room}`)).status).toBe(200);
-    const guest = await p.open();
-    expect(await guest.join("zzzzzz", "b")).toEqual(error("Too many attempts", "too_many_attempts"));
-    expect((await guest.closed).code).toBe(1008);
-    expect(await (await p.open()).join(p.room, "b")).toMatchObject({ type: "joined" });
-    clock.advance(60_000);
-    expect((await p.get("/room/zzzzzz")).status).toBe(404);
+    const relay = testRelay({ clock, maxMissesPerMinute: 3, addressHeader: "X-Forwarded-For" });
+    const get = async (path: string, address = "1.1.1.1") => (await fetch(relay.url + path, { headers: from(address) })).status;
+    const open = (address = "1.1.1.1") => Client.open(relay.url, from(address));
+    const elsewhere = await open("2.2.2.2");
+    const room = await elsewhere.create();
+    const guesser = await open();
+    for (let i = 0; i < 3; i++)
+      if (how === "look-ups") expect(await get("/room/zzzzzz")).toBe(404);
+      else expect(await guesser.join("zzzzzz", "b")).toMatchObject({ code: "room_not_found" });
+    return { clock, relay, get, open, elsewhere, room, guesser, [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose]() };
+  }
+
+  test("of look-ups over the limit: every look-up from there is 429, until the minute ends", async () => {
+    await using at = await usedUp("look-ups");
+    expect([await at.get("/room/zzzzzz"), await at.get(`/room/${at.room}`)]).toEqual([429, 429]);
+    expect(await at.get("/health")).toBe(200);
+    expect(await at.get(`/room/${at.room}`, "3.3.3.3")).toBe(200);
+    at.clock.advance(60_000);
+    const room = await (await at.open("2.2.2.2")).create();
+    expect([await at.get(`/room/${room}`), await at.get("/room/zzzzzz")]).toEqual([200, 404]);
   });
-  test("over ten times it every look-up is refused before looking, and only known clientIds may join", async () => {
-    await using p = await party(1, { maxMissesPerMinute: 1, clock: new TestClock() });
-    for (let i = 0; i < 10; i++) await p.get("/room/zzzzzz");
-    expect((await p.get(`/room/${p.room}`)).status).toBe(200);
-    expect((await p.get("/room/zzzzzz")).status).toBe(429);
-    expect((await p.get(`/room/${p.room}`)).status).toBe(429);
-    const stranger = await p.open();
-    expect(await stranger.join(p.room, "stranger")).toMatchObject({ code: "too_many_attempts" });
-    expect((await stranger.closed).code).toBe(1008);
-    expect(await (await p.open()).join(p.room, "guest-1")).toMatchObject({ type: "joined", index: 1 });
+  test("of look-ups keep nobody from joining", async () => {
+    await using at = await usedUp("look-ups");
+    expect(await at.get("/room/zzzzzz")).toBe(429);
+    expect(await at.guesser.join(at.room, "b")).toMatchObject({ type: "joined" });
+  });
+  test("of joins over the limit: a clientId that the room doesn't know is refused with 1008, before looking", async () => {
+    await using at = await usedUp("joins");
+    expect(await at.get(`/room/${at.room}`)).toBe(200);
+    for (const room of ["zzzzzz", at.room]) {
+      const guest = await at.open();
+      expect(await guest.join(room, "b")).toEqual(error("Too many attempts", "too_many_attempts"));
+      expect((await guest.closed).code).toBe(1008);
+    }
+    at.clock.advance(60_000);
+    const room = await (await at.open("2.2.2.2")).create();
+    expect(await (await at.open()).join(room, "b")).toMatchObject({ type: "joined" });
+  });
+  test("over the limit: who is known comes back", async () => {
+    await using at = await usedUp("look-ups");
+    const guest = await at.open();
+    await guest.join(at.room, "guest");
+    await guest.close();
+    for (let i = 0; i < 3; i++) await at.guesser.join("zzzzzz", "b");
+    expect(await (await at.open()).join(at.room, "guest")).toMatchObject({ resumed: true });
+  });
+  test("over the limit: a room in which somebody from there sits is found and joined all the same", async () => {
+    await using at = await usedUp("look-ups");
+    await (await at.open()).join(at.room, "who is in already");
+    for (let i = 0; i < 3; i++) await at.guesser.join("zzzzzz", "b");
+    expect([await at.get(`/room/${at.room}`), await at.get("/room/zzzzzz")]).toEqual([200, 429]);
+    expect(await (await at.open()).join(at.room, "a friend")).toMatchObject({ type: "joined" });
+    expect(await (await at.open()).join("zzzzzz", "a friend")).toMatchObject({ code: "too_many_attempts" });
   });
   test("count by the address that the proxy names last", async () => {
     await using relay = testRelay({ addressHeader: "X-Forwarded-For", maxMissesPerMinute: 1 });
@@ -874,20 +1089,20 @@ describe("misses", () => {
     expect(await look("8.8.8.8, 1.1.1.1")).toBe(429);
     expect(await look("1.1.1.1, 2.2.2.2")).toBe(404);
   });
-  test("an IPv6 address counts as its /64, an IPv4-mapped one as IPv4", () => {
-    expect(addressKey("2001:db8:1:2:3:4:5:6")).toBe("2001:db8:1:2::/64");
-    expect(addressKey("2001:db8:1:2::9")).toBe("2001:db8:1:2::/64");
-    expect(addressKey("::1")).toBe("0:0:0:0::/64");
+  test("an IPv6 address counts as its /56, an IPv4-mapped one as IPv4", () => {
+    expect(addressKey("2001:db8:1:2:3:4:5:6")).toBe("2001:db8:1:0::/56");
+    expect(addressKey("2001:db8:1:2::9")).toBe("2001:db8:1:0::/56");
+    expect(addressKey("::1")).toBe("0:0:0:0::/56");
     expect(addressKey("::ffff:1.2.3.4")).toBe("1.2.3.4");
     expect(addressKey("::FFFF:102:304")).toBe("1.2.3.4");
-    expect(addressKey("fe80::1%eth0")).toBe("fe80:0:0:0::/64");
-    expect(addressKey("1:2:3:4::1.2.3.4")).toBe("1:2:3:4::/64");
-    expect(addressKey("2001:DB8:0:02::1.2.3.4")).toBe("2001:db8:0:2::/64");
-    expect(addressKey("::0:abcd:0:ffff:1.2.3.4")).toBe("0:0:0:abcd::/64");
+    expect(addressKey("fe80::1%eth0")).toBe("fe80:0:0:0::/56");
+    expect(addressKey("1:2:3:4::1.2.3.4")).toBe("1:2:3:0::/56");
+    expect(addressKey("2001:DB8:0:02::1.2.3.4")).toBe("2001:db8:0:0::/56");
+    expect(addressKey("::0:abcd:0:ffff:1.2.3.4")).toBe("0:0:0:ab00::/56");
     expect(addressKey("0:0:0:0:0:ffff:255.0.0.1")).toBe("255.0.0.1");
-    expect(addressKey("::1.2.3.4")).toBe("0:0:0:0::/64");
-    expect(addressKey("1::")).toBe("1:0:0:0::/64");
-    expect(addressKey("::")).toBe("0:0:0:0::/64");
+    expect(addressKey("::1.2.3.4")).toBe("0:0:0:0::/56");
+    expect(addressKey("1::")).toBe("1:0:0:0::/56");
+    expect(addressKey("::")).toBe("0:0:0:0::/56");
     expect(addressKey("1.2.3.4")).toBe("1.2.3.4");
     expect(addressKey("1:2:3:4:5:6:7:8:9")).toBeUndefined();
     expect(addressKey("nonsense")).toBeUndefined();
@@ -1019,9 +1234,6 @@ describe("stopping", () => {
   test("without rooms is at once, and says so", async () => {
     await using relay = testRelay({ clock: new TestClock(), drainSeconds: 8 });
     const roomless = await Client.open(relay.url);
-    const left = await Client.open(relay.url);
-    await left.create(8, "a", { linger: 300 });
-    await left.close();
     void relay.drain();
     expect(await roomless.next()).toEqual({ type: "draining", seconds: 0 });
     expect(await roomless.closed).toEqual({ code: 1012, reason: "restarting" });
@@ -1080,7 +1292,7 @@ describe("stopping", () => {
   test("is at once without rooms, when the last one goes, and at the second signal", async () => {
     await using empty = testRelay();
     expect(await empty.drain()).toBe("drained");
-    await using p = await party(0, {}, { linger: 60 });
+    await using p = await party(0);
     const ended = p.relay.drain();
     await p.host.close();
     expect(await ended).toBe("drained");
@@ -1089,6 +1301,32 @@ describe("stopping", () => {
     await q.host.next();
     void q.relay.drain();
     expect((await q.host.closed).code).toBe(1012);
+  });
+  test("a lone screen's blip costs no room that lingers: it is there again, up to the drain's end", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, drainSeconds: 20 }, { linger: 300 });
+    const ended = p.relay.drain();
+    await p.host.next();
+    await p.host.close();
+    clock.advance(10_000);
+    const host = await p.open();
+    expect(await host.join(p.room, "host")).toMatchObject({ type: "joined", resumed: true });
+    expect(await host.next()).toEqual({ type: "draining", seconds: 10 });
+    await host.close();
+    clock.advance(9_900); // closing has begun; who lingers isn't closed before the end
+    expect((await p.get(`/room/${p.room}`)).status).toBe(200);
+    clock.advance(1_000);
+    expect(await ended).toBe("drained");
+  });
+  test("ends when what lingered is over", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, drainSeconds: 100 }, { linger: 10 });
+    const ended = p.relay.drain();
+    await p.host.next();
+    await p.host.close();
+    while ((await (await p.get("/")).text()) !== "rooms: 1\nclients: 0\n") await Bun.sleep(1);
+    clock.advance(10_500);
+    expect(await ended).toBe("drained");
   });
   test("answers the leave of the last member before it ends", async () => {
     await using p = await party(0);
@@ -1129,14 +1367,18 @@ describe("room codes", () => {
 });
 
 describe("route", () => {
-  const self = { flyApp: "app", flyRegion: "fra", instance: "me" };
+  const none: Siblings = { list: () => Promise.resolve([]), has: () => Promise.resolve(false) };
+  const onFly = { cluster: flyCluster("fra", none), instance: "me" };
+  const withoutRegion = { cluster: flyCluster(undefined, none), instance: "me" };
+  const behindNginx = { cluster: nginxCluster(new Set(["me", "peer.1"]), none), instance: "me" };
+  const alone = { cluster: undefined, instance: "me" };
   const here = newCode("fra");
   const away = newCode("iad");
   const nowhere = encodeCode(31 * 2 ** 30 + 5);
   const local = newCode("fra");
-  const plain: Asked = { path: "/", query: "", upgrade: false, replayed: false, failed: false, probe: false };
+  const plain: Incoming = { path: "/", query: "", upgrade: false, replayed: false, failed: false, probe: false };
   const back = { replayed: true, failed: true };
-  const cases: [string, Partial<Asked>, Route, Partial<typeof self>?][] = [
+  const cases: [string, Partial<Incoming>, Route, Pick<Config, "cluster" | "instance">?][] = [
     ["nothing asked", {}, "here"],
     ["a pin to another", { query: "?instance=other" }, { instance: "other" }],
     ["a pin to this one", { query: "?instance=me" }, "here"],
@@ -1175,28 +1417,39 @@ describe("route", () => {
     ["a sibling's question", { path: `/room/${here}`, probe: true }, "here"],
     ["a sibling's question about another region", { path: `/room/${away}`, probe: true }, "here"],
     ["something longer", { path: `/${away}/x` }, "here"],
-    ["without Fly.io a pin", { query: "?instance=other" }, "here", { flyApp: undefined as unknown as string }],
-    ["without Fly.io a code", { path: `/room/${away}` }, "here", { flyApp: undefined as unknown as string }],
-    ["without a region a code", { path: `/room/${away}` }, "here", { flyRegion: undefined as unknown as string }],
+    ["alone a pin", { query: "?instance=other" }, "here", alone],
+    ["alone a code", { path: `/room/${away}` }, "here", alone],
+    ["without a region a code", { path: `/room/${away}` }, "here", withoutRegion],
+    ["without a region a pin", { query: "?instance=other" }, { instance: "other" }, withoutRegion],
+    ["behind nginx a pin to a peer", { query: "?instance=peer.1" }, { instance: "peer.1" }, behindNginx],
+    ["behind nginx a pin to nobody", { query: "?instance=peer-2" }, "here", behindNginx],
+    ["behind nginx a pin with a path", { query: "?instance=../room" }, "here", behindNginx],
+    ["behind nginx a stale pin", { path: "/x", query: "?instance=peer.1", ...back }, { redirect: "/x" }, behindNginx],
+    ["behind nginx any code that isn't here", { path: `/room/${nowhere}` }, { searchSiblings: nowhere }, behindNginx],
+    ["behind nginx the same as an upgrade", { path: `/${away}`, upgrade: true }, { searchSiblings: away }, behindNginx],
+    ["behind nginx a code that is here", { path: `/room/${local}` }, "here", behindNginx],
+    ["behind nginx a code, failed", { path: `/room/${away}`, ...back }, "here", behindNginx],
+    ["behind nginx a peer's question", { path: `/room/${away}`, probe: true }, "here", behindNginx],
+    ["behind nginx what is no code", { path: "/robots.txt" }, "here", behindNginx],
   ];
-  for (const [what, asked, decision, identity] of cases)
+  for (const [what, incoming, decision, config] of cases)
     test(`${what}: ${JSON.stringify(decision).slice(0, 60)}`, () => {
-      expect(route({ ...plain, ...asked }, { ...self, ...identity }, (code) => code === local)).toEqual(decision);
+      expect(route({ ...plain, ...incoming }, config ?? onFly, (code) => code === local)).toEqual(decision);
     });
 });
 
 describe("siblings", () => {
-  const fly = {
-    flyApp: "app",
-    flyRegion: "fra",
+  const fly = (siblings: Siblings): Partial<Config> => ({
+    cluster: flyCluster("fra", siblings),
+    codeRegion: "fra",
     instance: "me",
     region: "fra",
     addressHeader: "Fly-Client-IP",
-  };
+  });
   /** Siblings that answer as told, and remember what they were asked. */
   function stub(answers: Record<string, boolean | "silent" | "broken">) {
     const asked: string[] = [];
-    const siblings: Config["siblings"] = {
+    const siblings: Siblings = {
       list: () => Promise.resolve(Object.keys(answers)),
       has(id, code, signal) {
         asked.push(`${id} ${code}`);
@@ -1213,18 +1466,18 @@ describe("siblings", () => {
 
   test("a room of a sibling is replayed to it, though another is silent", async () => {
     const { siblings } = stub({ a: false, b: "silent", c: true });
-    await using relay = testRelay({ ...fly, siblings });
+    await using relay = testRelay({ ...fly(siblings) });
     const answer = await look(relay.url, `/room/${newCode("fra")}`);
     expect([answer.status, answer.headers.get("fly-replay")]).toEqual([409, "instance=c;timeout=5s;fallback=force_self"]);
     expect(answer.headers.get("access-control-allow-origin")).toBe("*");
   });
   test("a code of another region is replayed there", async () => {
-    await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
+    await using relay = testRelay({ ...fly(stub({}).siblings) });
     const answer = await look(relay.url, `/room/${newCode("iad")}`);
     expect([answer.status, answer.headers.get("fly-replay")]).toEqual([409, "region=iad;timeout=5s;fallback=force_self"]);
   });
   test("OPTIONS is never replayed, and POST is 405", async () => {
-    await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
+    await using relay = testRelay({ ...fly(stub({}).siblings) });
     for (const [method, status] of [
       ["OPTIONS", 204],
       ["POST", 405],
@@ -1236,7 +1489,7 @@ describe("siblings", () => {
   test("a miss that all confirmed is remembered for 2 s; the same code at once is asked once", async () => {
     const clock = new TestClock();
     const { asked, siblings } = stub({ a: false, b: false });
-    await using relay = testRelay({ ...fly, siblings, clock });
+    await using relay = testRelay({ ...fly(siblings), clock });
     const code = newCode("fra");
     const answers = await Promise.all(Array.from({ length: 5 }, () => look(relay.url, `/room/${code}`)));
     expect(answers.map((a) => a.status)).toEqual([404, 404, 404, 404, 404]);
@@ -1247,7 +1500,7 @@ describe("siblings", () => {
   });
   test("a miss that one didn't confirm is not remembered", async () => {
     const { asked, siblings } = stub({ a: false, b: "broken" });
-    await using relay = testRelay({ ...fly, siblings });
+    await using relay = testRelay({ ...fly(siblings) });
     const code = newCode("fra");
     for (let i = 1; i <= 2; i++) {
       expect((await look(relay.url, `/room/${code}`)).status).toBe(404);
@@ -1255,10 +1508,10 @@ describe("siblings", () => {
     }
   });
   test("a silent sibling, or DNS that hangs, costs one second", async () => {
-    const hung: Config["siblings"] = { list: () => new Promise(() => {}), has: () => Promise.resolve(true) };
+    const hung: Siblings = { list: () => new Promise(() => {}), has: () => Promise.resolve(true) };
     for (const siblings of [stub({ a: "silent" }).siblings, hung]) {
       const clock = new TestClock();
-      await using relay = testRelay({ ...fly, siblings, clock });
+      await using relay = testRelay({ ...fly(siblings), clock });
       const before = clock.pending;
       const answer = look(relay.url, `/room/${newCode("fra")}`);
       while (clock.pending === before) await Bun.sleep(1);
@@ -1270,7 +1523,7 @@ describe("siblings", () => {
   test("at most 8 searches for an address and 64 in all; who gets none is told 503", async () => {
     const { siblings } = stub({ a: "silent" });
     const clock = new TestClock();
-    await using relay = testRelay({ ...fly, siblings, clock });
+    await using relay = testRelay({ ...fly(siblings), clock });
     const before = clock.pending;
     const waiting: Promise<Response>[] = [];
     for (let address = 1; address <= 8; address++)
@@ -1286,23 +1539,23 @@ describe("siblings", () => {
   });
   test("a sibling's question is answered from here, asks nobody and counts no miss", async () => {
     const { asked, siblings } = stub({ a: true });
-    await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 1 });
+    await using relay = testRelay({ ...fly(siblings), maxMissesPerMinute: 1 });
     for (let i = 0; i < 5; i++)
       expect((await fetch(`${relay.url}/room/${newCode("fra")}`, { headers: { "X-Party-Probe": "1" } })).status).toBe(404);
     expect(asked).toEqual([]);
     await look(relay.url, `/room/${newCode("fra")}`, { "X-Party-Probe": "1" }); // with an address it is a client's
     expect(asked).toHaveLength(1);
   });
-  test("a code that is nowhere counts as a miss where a path asks for it, too", async () => {
+  test("a code that is nowhere counts as a miss if a path asks for it, too, and over the limit isn't searched", async () => {
     const { asked, siblings } = stub({ a: false });
-    await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 1 });
+    await using relay = testRelay({ ...fly(siblings), maxMissesPerMinute: 1 });
     expect((await look(relay.url, `/${newCode("fra")}`)).status).toBe(200);
-    for (let i = 0; i < 12; i++) expect((await look(relay.url, `/${newCode("fra")}`)).status).toBe(429);
-    expect(asked).toHaveLength(11); // then the address is locked out
-    expect((await look(relay.url, `/room/${newCode("fra")}`)).status).toBe(429);
+    for (const path of [`/${newCode("fra")}`, `/room/${newCode("fra")}`]) expect((await look(relay.url, path)).status).toBe(429);
+    expect(asked).toHaveLength(1);
+    expect((await look(relay.url, "/")).status).toBe(200);
   });
-  test("once locked out, a path tells nothing of the rooms that are here, and known clientIds come back by it", async () => {
-    await using relay = testRelay({ ...fly, siblings: stub({ a: false }).siblings, maxMissesPerMinute: 1 });
+  test("over the limit a path tells nothing of the rooms that are here, and known clientIds come back by it", async () => {
+    await using relay = testRelay({ ...fly(stub({ a: false }).siblings), maxMissesPerMinute: 1 });
     const from = { "Fly-Client-IP": "1.1.1.1" };
     const host = await Client.open(relay.url, from);
     const room = await host.create();
@@ -1310,24 +1563,37 @@ describe("siblings", () => {
     const again = await Client.open(relay.url, from);
     const code = await again.create(8, "a", { linger: 300 });
     await again.close();
-    for (let i = 0; i < 11; i++) await look(relay.url, `/${newCode("fra")}`);
-    expect((await look(relay.url, "/")).status).toBe(200);
+    await look(relay.url, `/${newCode("fra")}`);
     for (const gone of [room, code]) expect((await look(relay.url, `/${gone}`)).status).toBe(429);
     expect(await (await Client.open(`${relay.url}/${code}`, from)).join(code, "a")).toMatchObject({ resumed: true });
   });
-  test("an upgrade by a code that is nowhere is one miss, its join no second one, the next join one again", async () => {
+  test("an upgrade by a code that is nowhere counts with the sockets; over their limit it is taken unsearched", async () => {
     const { asked, siblings } = stub({ a: false });
-    await using relay = testRelay({ ...fly, siblings, maxMissesPerMinute: 3 });
+    await using relay = testRelay({ ...fly(siblings), maxMissesPerMinute: 3 });
     const from = { "Fly-Client-IP": "1.1.1.1" };
     const code = newCode("fra");
     const guest = await Client.open(`${relay.url}/${code}`, from);
-    for (let i = 0; i < 3; i++) expect(await guest.join(code, "b")).toMatchObject({ code: "room_not_found" });
+    for (let i = 0; i < 2; i++) expect(await guest.join(code, "b")).toMatchObject({ code: "room_not_found" });
     expect(await guest.join(code, "b")).toMatchObject({ code: "too_many_attempts" });
-    for (let i = 0; i < 40; i++) await (await Client.open(`${relay.url}/${newCode("fra")}`, from)).close();
-    expect(asked).toHaveLength(1 + 27); // the 31st miss locks the address out
+    for (let i = 0; i < 5; i++) await (await Client.open(`${relay.url}/${newCode("fra")}`, from)).close();
+    expect(asked).toHaveLength(1);
+    expect((await look(relay.url, `/room/${newCode("fra")}`)).status).toBe(404); // look-ups are counted apart
+  });
+  test("a look-up that gets no search counts as a miss", async () => {
+    const { siblings } = stub({ a: "silent" });
+    const clock = new TestClock();
+    await using relay = testRelay({ ...fly(siblings), clock, maxMissesPerMinute: 5 });
+    const before = clock.pending;
+    const searching = Array.from({ length: 8 }, () => look(relay.url, `/room/${newCode("fra")}`));
+    while (clock.pending < before + 8) await Bun.sleep(1);
+    const statuses: number[] = [];
+    for (let i = 0; i < 7; i++) statuses.push((await look(relay.url, `/room/${newCode("fra")}`)).status);
+    expect(statuses).toEqual([503, 503, 503, 503, 503, 429, 429]);
+    clock.advance(1_000);
+    await Promise.all(searching);
   });
   test("an upgrade with a stale pin is taken here, and its join says Room not found", async () => {
-    await using relay = testRelay({ ...fly, siblings: stub({}).siblings });
+    await using relay = testRelay({ ...fly(stub({}).siblings) });
     const guest = await Client.open(`${relay.url}/?instance=gone`, {
       "fly-replay-failed": "instance=gone;reason=timeout",
     });
@@ -1367,19 +1633,25 @@ describe("configuration", () => {
       maxClientsPerRoom: 1000,
       maxRooms: 10000,
       maxConnections: 10000,
-      maxMissesPerMinute: 120,
+      maxMissesPerMinute: 600,
+      defaultLingerSeconds: 0,
+      defaultHostGraceSeconds: 0,
       drainSeconds: 8,
       idleExitSeconds: 0,
       dashboardUrl: undefined,
       addressHeader: undefined,
     });
   });
+  const peers = { PEERS: "a,b", INSTANCE_ID: "a", HOST: "127.0.0.1" };
   const wrong: [Record<string, string>, RegExp][] = [
     ...[
       "PORT",
       "MAX_MESSAGE_BYTES",
       "MAX_MESSAGES_PER_SECOND",
       "MAX_BUFFERED_BYTES",
+      "MAX_MEMORY_BYTES",
+      "DEFAULT_LINGER_SECONDS",
+      "DEFAULT_HOST_GRACE_SECONDS",
       "MAX_CLIENTS_PER_ROOM",
       "MAX_ROOMS",
       "MAX_CONNECTIONS",
@@ -1394,6 +1666,20 @@ describe("configuration", () => {
     [{ PORT: "-1" }, /PORT/],
     [{ PORT: "1.5" }, /PORT/],
     [{ MAX_ROOMS: "1e3" }, /MAX_ROOMS/],
+    [{ DEFAULT_LINGER_SECONDS: "301" }, /^DEFAULT_LINGER_SECONDS must be a whole number from 0 to 300, not "301"$/],
+    [{ DEFAULT_HOST_GRACE_SECONDS: "3601" }, /^DEFAULT_HOST_GRACE_SECONDS must be a whole number from 0 to 3600, not "3601"$/],
+    [{ ...peers, INSTANCE_ID: "c" }, /^INSTANCE_ID must be one of PEERS, not "c"$/],
+    [{ PEERS: "a,b", INSTANCE_ID: "a" }, /^HOST must be set/],
+    [{ ...peers, PEERS: "a,b/c" }, /^PEERS must list ids .* not "b\/c"$/],
+    [{ ...peers, PEERS: "a,,b" }, /^PEERS must list ids .* not ""$/],
+    [
+      { ...peers, PEERS: Array.from({ length: 65 }, (_, i) => (i === 0 ? "a" : `p${i}`)).join() },
+      /^PEERS must list at most 64 ids, not 65$/,
+    ],
+    [{ ...peers, FLY_APP_NAME: "x", FLY_MACHINE_ID: "a" }, /^PEERS must be left out if FLY_APP_NAME is set/],
+    [{ ...peers, PEER_ADDRESS: "relay:3000" }, /^PEER_ADDRESS must be a host and port with {id} in it/],
+    [{ ...peers, PEER_ADDRESS: "{id}:3000/x" }, /^PEER_ADDRESS/],
+    [{ ...peers, PORT: "0" }, /^PORT must be set/],
     [{ MAX_BUFFERED_BYTES: "1000000" }, /^MAX_BUFFERED_BYTES must be at least four times MAX_MESSAGE_BYTES/],
     [{ FLY_REGION: "xyz" }, /append "xyz" to regions.ts/],
     [{ FLY_APP_NAME: "a", FLY_MACHINE_ID: "m1", INSTANCE_ID: "m2" }, /INSTANCE_ID/],
@@ -1410,6 +1696,10 @@ describe("configuration", () => {
   test("takes 0 as unlimited, and then has no quarrel between the two sizes", () => {
     expect(fault({ MAX_MESSAGE_BYTES: "0" })).toBe("");
     expect(fault({ MAX_BUFFERED_BYTES: "0" })).toBe("");
+  });
+  test("knows the variables of a cluster behind nginx", () => {
+    expect(configFromEnv(peers)).toMatchObject({ instance: "a", host: "127.0.0.1", addressHeader: "X-Forwarded-For" });
+    expect(configFromEnv({ ...peers, ADDRESS_HEADER: "X-Real-IP" }).addressHeader).toBe("X-Real-IP");
   });
   test("knows Fly.io's variables", () => {
     expect(configFromEnv({ FLY_APP_NAME: "a", FLY_MACHINE_ID: "m1", FLY_REGION: "fra" })).toMatchObject({
@@ -1440,6 +1730,16 @@ describe("configuration", () => {
       `Port ${relay.port} is in use: set PORT to another\n`,
     ]);
   });
+});
+
+test("the version is package.json's", async () => {
+  const { version } = (await Bun.file(new URL("package.json", import.meta.url)).json()) as { version: string };
+  expect(VERSION).toBe(version);
+});
+
+test("startRelay takes what it is told, and defaults for the rest", async () => {
+  await using relay = startRelay({ port: 0, log: () => {} });
+  expect(await (await Client.open(relay.url)).create()).toHaveLength(6);
 });
 
 test("two relays in one process share nothing", async () => {

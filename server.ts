@@ -6,16 +6,21 @@
  * - slot, and its index: a member's number in its room; 0 for the creator. Never reassigned while the room lives.
  * - clientId: a string that the client picks. It proves that a slot is its own, and never leaves this process.
  * - host: the slot that may use the host's messages; slot 0 until it is handed on.
+ * - turn: one round of the event loop. It reads what has arrived, and has a budget of work that the rooms share.
  *
- * Reading order: Protocol (what goes over the wire), Slots (who sits where), Messages (what each one does);
- * then HTTP, and the rest as needed. `startRelay` at the end ties it together.
+ * Reading order: Protocol (what goes over the wire), State (what is kept), Slots (who sits where), Messages (what each one
+ * does), Turns (when it is done); then HTTP, and the rest as needed. `startRelay` at the end ties it together.
+ * `regions.ts` says what a room's code is.
  */
 import type { Server, ServerWebSocket } from "bun";
 import { heapSize } from "bun:jsc";
 import { Resolver } from "node:dns/promises";
+import { readFileSync } from "node:fs";
 import { isIP } from "node:net";
-import { version } from "./package.json" with { type: "json" };
-import { REGIONS } from "./regions.ts";
+import { isCode, newCode, regionOf, REGIONS } from "./regions.ts";
+
+/** The version that `/metrics` and the log name; the same as package.json's. */
+export const VERSION = "1.0.0";
 
 // ---- Protocol --------------------------------------------------------------------------------------------
 
@@ -23,70 +28,134 @@ import { REGIONS } from "./regions.ts";
 export type ClientMessage =
   | {
       type: "create";
-      /** 1 to 128 characters: the secret with which the slot is taken back. */ clientId: string;
-      /** Places in the room: a whole number from 1 to the server's limit. */ maxClients: number;
-      /** Seconds that the room outlives its last socket: 0 (as where absent) to 300. */ linger?: number;
-      /** Seconds that the host may be away while others are connected: 1 to 3600; no end where absent. */ hostGrace?: number;
-      /** After `hostGrace` the lowest connected slot becomes host; the room doesn't close. Needs `hostGrace`. */ migrate?: boolean;
-      /** A controller page: an https URL of at most 512 bytes in which `{room}` and `{instance}` are filled in. */ url?: string;
+      /** 1 to 128 characters: the secret with which the slot is taken back. */
+      clientId: string;
+      /** Places in the room: a whole number from 1 to the server's limit. */
+      maxClients: number;
+      /** Seconds that the room outlives its last socket, 0 to 300; if absent, the operator's default. */
+      linger?: number;
+      /** Seconds that the host may be away while others are connected, 1 to 3600; 0: no end; if absent, the operator's default. */
+      hostGrace?: number;
+      /** After `hostGrace` the lowest connected slot becomes host; the room doesn't close. Needs a grace. */
+      migrate?: boolean;
+      /** A controller page: an https URL of at most 512 bytes in which `{room}` and `{instance}` are filled in. */
+      url?: string;
     }
   | {
       type: "join";
-      /** As in `create`. A clientId that the room knows takes its own slot back. */ clientId: string;
-      /** The room's code. */ room: string;
+      /** As in `create`. A clientId that the room knows takes its own slot back. */
+      clientId: string;
+      /** The room's code. */
+      room: string;
+      /** The token of a `slot_offer`: the slot is from now on this clientId's. */
+      claim?: string;
     }
   | {
       type: "send";
-      /** Any JSON value; its text arrives as it was written. */ data: unknown;
-      /** One slot, or 1 to 64 of them; everyone but the sender where absent. */ to?: number | number[];
-      /** A broadcast that the sender gets too, in the same order as everyone. */ echo?: boolean;
+      /** Any JSON value; its text arrives as it was written. */
+      data: unknown;
+      /** One slot, or 1 to 64 of them; if absent, everyone but the sender. */
+      to?: number | number[];
+      /** A broadcast that the sender gets too, in the same order as everyone. */
+      echo?: boolean;
     }
-  | { type: "set_state"; /** Any JSON value of at most 16384 bytes: the snapshot that joiners get. */ data: unknown }
+  | {
+      type: "set_state";
+      /** Any JSON value of at most 16384 bytes: the snapshot that joiners get. */
+      data: unknown;
+    }
   | { type: "close_room" }
   | {
       type: "set_room";
-      /** Whether clientIds that the room doesn't know are kept out. */ locked?: boolean;
-      /** As in `create`. Lowering it evicts nobody. */ maxClients?: number;
+      /** Whether clientIds that the room doesn't know are kept out. */
+      locked?: boolean;
+      /** As in `create`. Lowering it evicts nobody. */
+      maxClients?: number;
     }
-  | { type: "kick"; /** The slot whose clientId is barred for the room's life. */ index: number }
-  | { type: "set_host"; /** The connected slot that becomes host. */ index: number }
+  | {
+      type: "kick";
+      /** The slot whose clientId is barred for the room's life. */
+      index: number;
+    }
+  | {
+      type: "set_host";
+      /** The connected slot that becomes host. */
+      index: number;
+    }
+  | {
+      type: "offer_slot";
+      /** The slot that is to move to another device; if absent, one's own. Another's: the host only. */
+      index?: number;
+    }
   | { type: "leave" }
-  | { type: "ping"; /** Any finite number; it comes back in `pong`. */ t?: number };
+  | {
+      type: "ping";
+      /** Any finite number; it comes back in `pong`. */
+      t?: number;
+    };
 
 /** What the server sends: JSON text frames. Clients ignore types and members that they don't know. */
 export type ServerMessage =
   | {
       type: "created";
       room: string;
-      /** This machine's labels; empty where unset. */ instance: string;
+      /** This machine's label; empty if it has none. */
+      instance: string;
+      /** As `instance`. */
       region: string;
       index: 0;
-      /** The controller page, filled in, where `create` named one. */ url?: string;
+      /** The controller page, filled in, if `create` named one. */
+      url?: string;
     }
   | {
       type: "joined";
       room: string;
-      /** The slot of this socket. */ index: number;
-      /** The other connected slots, ascending. */ peers: number[];
-      /** The host's slot, where it isn't 0. */ host?: number;
-      /** There where the slot was this clientId's and vacant. */ resumed?: true;
-      /** There where the room is locked. */ locked?: true;
+      /** The slot of this socket. */
+      index: number;
+      /** The other connected slots, ascending. */
+      peers: number[];
+      /** The host's slot, if it isn't 0. */
+      host?: number;
+      /** The slot was this clientId's, and vacant. */
+      resumed?: true;
+      locked?: true;
       url?: string;
     }
   | { type: "peer_joined"; index: number; resumed?: true }
-  | { type: "peer_left"; index: number; /** Absent where the socket just closed. */ reason?: "left" | "kicked" }
+  | {
+      type: "peer_left";
+      index: number;
+      /** Absent if the socket just closed. */
+      reason?: "left" | "kicked";
+    }
   | { type: "message"; from: number; data: unknown }
   | { type: "state"; data: unknown }
   | { type: "room"; locked: boolean; maxClients: number }
   | { type: "host"; index: number }
+  | {
+      type: "slot_offer";
+      index: number;
+      /** 22 characters, good for one `join` within 300 s: whoever has it can take the slot. */
+      token: string;
+    }
   | { type: "left"; room: string }
-  | { type: "pong"; t?: number; /** Server time, milliseconds since 1970. */ now: number }
-  | { type: "draining"; /** Whole seconds until every room is closed, rounded up. */ seconds: number }
+  | {
+      type: "pong";
+      t?: number;
+      /** Server time, milliseconds since 1970. */
+      now: number;
+    }
+  | {
+      type: "draining";
+      /** Whole seconds until every room is closed, rounded up. */
+      seconds: number;
+    }
   | {
       type: "error";
       message: string;
       code: ErrorCode;
-      /** Of a `send` to several: who isn't there, ascending. */ missing?: number[];
+      /** After a `send` to several: who isn't there, ascending. */
+      missing?: number[];
     };
 
 /** The codes with which the server closes a socket itself. */
@@ -107,6 +176,9 @@ export const CloseCode = {
   KICKED: 4002,
 } as const;
 
+/** What Bun's close handler is told if no close frame came: a reset, a dead peer, a cut. */
+const NO_CLOSE_FRAME = 1006;
+
 /** The refusals whose code says all. */
 const REFUSALS = {
   bad_json: "Invalid JSON",
@@ -114,18 +186,21 @@ const REFUSALS = {
   already_in_room: "Already in a room",
   not_in_room: "Not in a room",
   room_not_found: "Room not found",
+  claim_not_found: "Claim not found",
   room_full: "Room is full",
   room_locked: "Room is locked",
   kicked: "Kicked from room",
   peer_not_found: "Target peer not found",
+  peer_away: "Target peer not found", // the older message, which clients match on
   state_too_large: "State too large",
   draining: "Server draining",
   capacity: "Server full",
   too_many_attempts: "Too many attempts",
 };
+type PlainCode = keyof typeof REFUSALS;
 
 /** The `code` of an `error`; `bad_request` and `not_host` come with several messages. */
-export type ErrorCode = keyof typeof REFUSALS | "bad_request" | "not_host";
+export type ErrorCode = PlainCode | "bad_request" | "not_host";
 
 class Refusal {
   constructor(
@@ -134,11 +209,14 @@ class Refusal {
     readonly missing?: number[],
   ) {}
 }
-const refuse = (code: keyof typeof REFUSALS, missing?: number[]) => new Refusal(code, REFUSALS[code], missing);
+const refuse = (code: PlainCode, missing?: number[]) => new Refusal(code, REFUSALS[code], missing);
 const badRequest = (message: string) => new Refusal("bad_request", message);
+const notHost = (deed: string) => new Refusal("not_host", `Only the host can ${deed}`);
 
+/** A `send`, checked: `to` is one slot, several different ones, or absent for everyone. */
+type Send = { type: "send"; data: string; to?: number | readonly number[]; echo?: boolean };
 /** A message as the handlers get it: `data` is the text that the client wrote. */
-type Parsed<M> = M extends { data: unknown } ? Omit<M, "data"> & { data: string } : M;
+type Parsed<M> = M extends { type: "send" } ? Send : M extends { data: unknown } ? Omit<M, "data"> & { data: string } : M;
 type MessageType = ClientMessage["type"];
 type Message<T extends MessageType> = Parsed<Extract<ClientMessage, { type: T }>>;
 type Fields = Record<string, unknown>;
@@ -147,9 +225,9 @@ const frameOf = (message: ServerMessage): string => JSON.stringify(message);
 const messageFrame = (from: number, data: string): string => `{"type":"message","from":${from},"data":${data}}`;
 const stateFrame = (data: string): string => `{"type":"state","data":${data}}`;
 
-const isIndex = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
-const isWhole = (value: unknown, least: number, most: number): boolean =>
-  Number.isInteger(value) && (value as number) >= least && (value as number) <= most;
+const isWhole = (value: unknown, least: number, most: number): value is number =>
+  typeof value === "number" && Number.isInteger(value) && value >= least && value <= most;
+const isIndex = (value: unknown): value is number => isWhole(value, 0, Number.MAX_SAFE_INTEGER);
 
 /** Engines may keep a cut-out string as a view of the whole frame; what outlives the frame is copied. */
 function copyOf(text: string): string {
@@ -160,11 +238,7 @@ function copyOf(text: string): string {
 function isSpace(code: number): boolean {
   return code === 0x20 || code === 0x0a || code === 0x0d || code === 0x09;
 }
-
-const SEND_HEAD =
-  /[ \t\n\r]*\{[ \t\n\r]*"type"[ \t\n\r]*:[ \t\n\r]*"send"[ \t\n\r]*,[ \t\n\r]*(?:"to"[ \t\n\r]*:[ \t\n\r]*(0|[1-9]\d{0,9})[ \t\n\r]*,[ \t\n\r]*)?"data"[ \t\n\r]*:[ \t\n\r]*/y;
-const SEND_TAIL = /^,[ \t\n\r]*"to"[ \t\n\r]*:[ \t\n\r]*(0|[1-9]\d{0,9})$/;
-const PLAIN_HEAD = '{"type":"send","data":';
+const isDigit = (code: number): boolean => code >= 0x30 && code <= 0x39;
 
 const LONG_DATA = 1024; // characters from which looking is cheaper than parsing, which copies: 8 % of a 16 KiB broadcast
 const NOT_PLAIN = /[\\\x00-\x1f]/;
@@ -173,40 +247,51 @@ function isPlainString(text: string): boolean {
   return text.charCodeAt(0) === 0x22 && text.indexOf('"', 1) === text.length - 1 && !NOT_PLAIN.test(text);
 }
 
+const SEND_HEAD = '{"type":"send",';
+const TO = '"to":';
+const DATA = '"data":';
+const USUAL_INDEX = /^(0|[1-9]\d{0,9})$/;
+
+/** The slot number that stands between two places; undefined if it isn't one as `JSON.stringify` writes it. */
+function indexBetween(text: string, from: number, to: number): number | undefined {
+  const digits = text.slice(from, to);
+  return USUAL_INDEX.test(digits) ? Number(digits) : undefined;
+}
+
 /**
- * The short cut for a `send` in one of its usual spellings. It is also a proof: head and tail match by the letter,
- * so if what stands between them is one JSON value, then the frame has these members and no others.
- * @returns undefined where the frame needs the careful way
+ * The short way for a `send` as `JSON.stringify` writes it: `data` alone, or `to` before or after it, and no other member. It is
+ * also a proof: all but `data` is compared by the letter, so if what is left over is one JSON value, then the frame has these
+ * members and no others. It takes a sixth of the careful way's time.
+ * @returns undefined if the frame needs the careful way
  */
-function parsePlainSend(frame: string): Message<"send"> | undefined {
-  let start = PLAIN_HEAD.length;
-  let to: string | undefined;
-  if (!frame.startsWith(PLAIN_HEAD)) {
-    SEND_HEAD.lastIndex = 0;
-    const head = SEND_HEAD.exec(frame);
-    if (head === null) return undefined;
-    start = SEND_HEAD.lastIndex;
-    to = head[1];
-  }
-  let end = frame.length;
-  while (isSpace(frame.charCodeAt(end - 1))) end--;
-  if (frame.charCodeAt(--end) !== 0x7d) return undefined;
-  while (isSpace(frame.charCodeAt(end - 1))) end--;
-  while (isSpace(frame.charCodeAt(start))) start++;
-  const last = frame.charCodeAt(end - 1);
-  if (to === undefined && last >= 0x30 && last <= 0x39) {
+function parseUsualSend(frame: string): Send | undefined {
+  if (!frame.startsWith(SEND_HEAD) || !frame.endsWith("}")) return undefined;
+  let start = SEND_HEAD.length;
+  let end = frame.length - 1;
+  let to: number | undefined;
+  if (frame.startsWith(TO, start)) {
+    const comma = frame.indexOf(",", start);
+    to = indexBetween(frame, start + TO.length, comma);
+    if (to === undefined) return undefined;
+    start = comma + 1;
+  } else if (isDigit(frame.charCodeAt(end - 1))) {
     const comma = frame.lastIndexOf(",", end);
-    to = SEND_TAIL.exec(frame.slice(comma, end))?.[1];
-    if (to !== undefined) end = comma;
-    while (isSpace(frame.charCodeAt(end - 1))) end--;
+    if (frame.startsWith(TO, comma + 1)) {
+      to = indexBetween(frame, comma + 1 + TO.length, end);
+      if (to === undefined) return undefined;
+      end = comma;
+    }
   }
+  if (!frame.startsWith(DATA, start)) return undefined;
+  start += DATA.length;
+  if (isSpace(frame.charCodeAt(start)) || isSpace(frame.charCodeAt(end - 1))) return undefined; // no part of `data`
   const data = frame.slice(start, end);
   try {
     if (data.length < LONG_DATA || !isPlainString(data)) JSON.parse(data);
   } catch {
     return undefined;
   }
-  return to === undefined ? { type: "send", data } : { type: "send", data, to: Number(to) };
+  return { type: "send", data, to };
 }
 
 /** The index after the JSON value that starts at `at`; `json` is known to be valid. */
@@ -228,6 +313,7 @@ function skipValue(json: string, at: number): number {
 /**
  * The text of a member of a JSON object, as it was written: the last one of that name, names compared unescaped.
  * @param json a valid JSON object
+ * @returns undefined if it has no such member
  */
 export function memberText(json: string, name: string): string | undefined {
   let found: string | undefined;
@@ -251,53 +337,90 @@ export function memberText(json: string, name: string): string | undefined {
 
 // ---- Limits ----------------------------------------------------------------------------------------------
 
-/** Limits with a variable each (maxRooms: MAX_ROOMS), and their defaults. 0 means unlimited, unless the line says otherwise. */
+const MIB = 1024 * 1024;
+
+/**
+ * Limits with a variable each (maxRooms: MAX_ROOMS), and their defaults. 0 means unlimited, unless the line says otherwise.
+ */
 export const LIMITS = {
   maxMessageBytes: 256 * 1024, // one drawing as a data URL; not assets
   maxMessagesPerSecond: 200, // a socket; three times a 60 Hz game. The burst is twice that
-  maxBufferedBytes: 1024 * 1024, // a socket; what a phone may be behind before it is cut
+  maxBufferedBytes: MIB, // a socket; what a phone may be behind before it is cut
+  maxMemoryBytes: Math.max(96 * MIB, Math.floor(process.constrainedMemory() / 2)), // the process; half of what it may use
   maxClientsPerRoom: 1000, // a hall, not a stadium
   maxRooms: 10_000,
   maxConnections: 10_000,
-  maxMissesPerMinute: 120, // an address; a whole party can be behind one
+  maxMissesPerMinute: 600, // an address; a whole party can be behind one
+  defaultLingerSeconds: 0, // 0 is off
+  defaultHostGraceSeconds: 0, // 0 is off
   drainSeconds: 8, // within the 10 s that `docker stop` gives; 0 is at once
   idleExitSeconds: 0, // 0 is never
 };
+type LimitName = keyof typeof LIMITS;
+const LIMIT_NAMES = Object.keys(LIMITS) as LimitName[];
 
-const MOST = 4_294_967_295; // what the WebSocket layer takes for a size
+const LINGER_SECONDS = 300; // long enough to paste a code into another app
+const GRACE_SECONDS = 3600; // a host's phone may nap through a film
+/** The most that a limit may be set to: what the WebSocket layer takes for a size, unless it is named here. */
+const MOST: { [name in LimitName]?: number } = {
+  maxMemoryBytes: Number.MAX_SAFE_INTEGER,
+  defaultLingerSeconds: LINGER_SECONDS,
+  defaultHostGraceSeconds: GRACE_SECONDS,
+  drainSeconds: 2_147_483, // the longest timer
+  idleExitSeconds: 2_147_483,
+};
+const MOST_BYTES = 4_294_967_295;
+
 const CLIENT_ID_LENGTH = 128; // characters; a UUID four times over
 const STATE_BYTES = 16 * 1024; // a snapshot is sent to every joiner
 const URL_BYTES = 512; // fits a QR code that a phone reads across a room
-const LINGER_SECONDS = 300; // long enough to paste a code into another app
-const GRACE_SECONDS = 3600; // a host's phone may nap through a film
 const TARGETS = 64; // slots that one `send` may name
-const BURST = 2; // times `maxMessagesPerSecond` that may come at once
+const OFFER_BYTES = 16; // of a slot offer's token; 22 characters of base64url
+const OFFER_MS = 300_000; // long enough to find the other phone and scan a code
 const KNOWN_PER_ROOM = 1000; // absent or barred clientIds that a room remembers
 const KNOWN_IN_ALL = 100_000; // absent or barred clientIds in all rooms together
 const ORIGIN_LENGTH = 256; // characters of an Origin header that are kept
+const ORIGIN_SHOWN = 100; // characters of it in /metrics
 const ORIGINS_KEPT = 500; // Origin headers are the clients' to invent
 const ORIGINS_SHOWN = 100; // series that a scrape can bear
 const ADDRESSES = 10_000; // addresses whose misses are counted
-const LOCKOUT = 10; // times `maxMissesPerMinute`, above which every look-up is refused
 const MISS_WINDOW_MS = 60_000;
 const SWEEP_MS = 6_000; // a dead phone is noticed before the party does
 const QUIET_MS = 1_000; // silent for longer than this at a sweep: pinged. 1 + 3 sweeps is under 20 s
-const REFILL_MS = 50; // how often paused sockets are looked after
 const SEARCHES = 64; // searches among siblings at once
 const SEARCHES_PER_ADDRESS = 8;
+const PROBES_AT_ONCE = 200; // requests to siblings; Bun's fetch runs 256 at once
 const SEARCH_MS = 1_000; // what a silent sibling may cost
-const MISSING_MS = 2_000; // how long a miss that all siblings confirmed is remembered
-const MISSING_CODES = 10_000; // such misses remembered at once
+const NOWHERE_MS = 2_000; // how long a miss that all siblings confirmed is remembered
+const NOWHERE_CODES = 10_000; // such misses remembered at once
+const PEERS = 64; // machines of a cluster
 const CLOSING_SECONDS = 5; // the end of a drain, over which rooms are closed
 const CLOSING_STEP_MS = 20;
 const FLUSH_MS = 500; // close frames behind a slow member's backlog get this long to leave
 const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
+
+// A unit of work is one frame handled or delivered, or 2 KiB of it: 0.3 to 1 µs where frames share system calls, up to 5 where not.
+const WORK_BYTES = 2048;
+const TURN_WORK = 10_000; // in one turn, shared by the rooms: some 5 ms
+const LEAST_SHARE = 500; // of one room, however many there are: 60 frames among 8 members
+const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
+const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
+const GOODBYE_MS = 5_000; // what is left of a socket that closed properly gets this long to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
-const LONG_TURN_MS = 4; // after a turn of this length enough of them have gathered
-const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
+const LONG_TURN_MS = 4; // a turn of this length has let frames gather by itself
+const REST_ABOVE = 80; // units of work a millisecond: from about a third of a core on, resting pays
 const REST_WINDOW_MS = 20; // over which that rate is taken
+
+const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
+const ROOM_BYTES = 2048; // of a lingering room, without its state and the slots that it remembers
+const SLOT_BYTES = 256;
+const SOCKET_BYTES = 4096; // of a socket that holds nothing
+const EFFECT_MS = 300; // within which memory that was freed falls
+const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished messages
+const LOOK_MOST_MS = 500; // between two looks at memory
+const LOOK_LEAST_MS = 5;
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -309,44 +432,72 @@ export type Clock = {
   epoch(): number;
   /** Runs `run` once, `ms` from now, without keeping the process alive. @returns what cancels it */
   after(ms: number, run: () => void): () => void;
-  /** Stands still for `ms`, and everything with it. */
+  /** Blocks the whole process for `ms`, fractions included: nothing is read, sent or timed meanwhile. */
   rest(ms: number): void;
 };
 
-/** The other machines of this region. */
+/** The other machines that may have a room of this region. */
 export type Siblings = {
-  /** Their ids, without this machine's. Rejects where the look-up fails. */
+  /** Their ids, without this machine's. Rejects if they can't be looked up. */
   list(signal: AbortSignal): Promise<string[]>;
-  /** Whether one of them has the room. Rejects where it doesn't say. */
+  /** Whether one of them has the room. Rejects if it doesn't say. */
   has(id: string, code: string, signal: AbortSignal): Promise<boolean>;
 };
 
-/** An event for the log: its name and what belongs to it. Never a clientId, never a payload. */
+/** Where a request is sent on to. */
+export type Target = { instance: string } | { region: string };
+
+/** What is different between the platforms on which several machines are one relay to the outside. */
+export type Cluster = {
+  /** This machine's region, as `regionOf` names it. */
+  readonly region: string;
+  /** The region in which the room of a code is to be looked for; undefined if codes of this form aren't routed. */
+  regionOf(code: string): string | undefined;
+  /** Whether a pin (`?instance=`) can mean a machine: another text could say more in a header than it should. */
+  isMachine(id: string): boolean;
+  /** The header of a request that was sent on to here. A client can forge it, so it only ever suppresses a replay. */
+  readonly replayedHeader: string;
+  /** The header of one that came back because its machine didn't answer. As forgeable. */
+  readonly failedHeader: string;
+  /** The answer that makes the platform's proxy send the request on. */
+  replay(target: Target): Response;
+  readonly siblings: Siblings;
+  /** Whether the proxy takes an upgrade to another machine if this one answers 503. */
+  readonly triesNext: boolean;
+};
+
+/** Writes an event to the log: its name and what belongs to it. Never a clientId, never a payload. */
 export type Log = (event: string, fields: Record<string, string | number>) => void;
 
 /** All that a relay is told from outside. */
-export type Config = typeof LIMITS & {
+export type Config = Record<LimitName, number> & {
   /** The port; 0 takes a free one. */
   port: number;
-  /** Label of this machine, and on Fly.io its id; may be empty. */
+  /** The address to listen on; undefined: every one, IPv6 and IPv4. */
+  host: string | undefined;
+  /** Label of this machine, and its id in a cluster; may be empty. */
   instance: string;
   /** Label of this region; may be empty. */
   region: string;
-  /** The app's name on Fly.io; without it nothing is ever replayed. */
-  flyApp: string | undefined;
-  /** The region that room codes name, a row of `REGIONS`. */
-  flyRegion: string | undefined;
+  /** The region that room codes name, a row of `REGIONS`; undefined: none. */
+  codeRegion: string | undefined;
+  /** Undefined: nothing is ever replayed. */
+  cluster: Cluster | undefined;
+  /** Where `GET /` leads, if anywhere. */
   dashboardUrl: string | undefined;
-  /** The origins whose upgrades are taken, in lower case; any where undefined. */
+  /** The origins whose upgrades are taken, in lower case; undefined: any. */
   allowedOrigins: ReadonlySet<string> | undefined;
   /** The header whose last entry is the client's address. */
   addressHeader: string | undefined;
   log: Log;
   clock: Clock;
-  siblings: Siblings | undefined;
+  /** How old the text of `/metrics` may be, in ms: nobody can keep the relay busy with scrapes. */
+  metricsMs: number;
+  /** Bytes of memory that the process occupies. */
+  memory(): number;
 };
 
-/** The environment is wrong; the message says where, a line a fault. */
+/** The configuration is wrong; the message says what, a line a fault. */
 export class ConfigError extends Error {
   constructor(
     faults: readonly string[],
@@ -356,7 +507,7 @@ export class ConfigError extends Error {
   }
 }
 
-const STANDSTILL = new Int32Array(new SharedArrayBuffer(4)); // nobody wakes who waits for it
+const NEVER_NOTIFIED = new Int32Array(new SharedArrayBuffer(4));
 
 export const systemClock: Clock = {
   now: () => performance.now(),
@@ -367,7 +518,7 @@ export const systemClock: Clock = {
     return () => clearTimeout(timer);
   },
   rest(ms) {
-    Atomics.wait(STANDSTILL, 0, 0, ms); // `Bun.sleepSync` knows whole milliseconds only
+    Atomics.wait(NEVER_NOTIFIED, 0, 0, ms); // ends by its time-out; `Bun.sleepSync` cuts to whole milliseconds
   },
 };
 
@@ -378,6 +529,24 @@ const logText: Log = (event, fields) => {
   console.log(["party-sockets", event, ...words].join(" "));
 };
 const logJson: Log = (event, fields) => console.log(JSON.stringify({ time: new Date().toISOString(), event, ...fields }));
+
+/** What a relay is told if it is told nothing. */
+const DEFAULTS: Config = {
+  ...LIMITS,
+  port: 3000,
+  host: undefined,
+  instance: "",
+  region: "",
+  codeRegion: undefined,
+  cluster: undefined,
+  dashboardUrl: undefined,
+  allowedOrigins: undefined,
+  addressHeader: undefined,
+  log: logText,
+  clock: systemClock,
+  metricsMs: 1_000,
+  memory: () => process.memoryUsage.rss(),
+};
 
 /**
  * Reads the environment; the only place that does.
@@ -393,34 +562,29 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     faults.push(`${name} must be a whole number from 0 to ${most}, not ${JSON.stringify(value)}`);
     return fallback;
   };
-  const LONG = 2_147_483; // seconds; the longest timer
+  const flyApp = text("FLY_APP_NAME");
+  const flyRegion = text("FLY_REGION");
   const config: Config = {
-    port: whole("PORT", 3000, 65535),
+    ...DEFAULTS,
+    port: whole("PORT", DEFAULTS.port, 65535),
+    host: text("HOST"),
     instance: text("INSTANCE_ID") ?? text("FLY_MACHINE_ID") ?? "",
-    region: text("REGION") ?? text("FLY_REGION") ?? "",
-    flyApp: text("FLY_APP_NAME"),
-    flyRegion: text("FLY_REGION"),
+    region: text("REGION") ?? flyRegion ?? "",
+    codeRegion: flyRegion,
     dashboardUrl: text("DASHBOARD_URL"),
-    allowedOrigins: undefined,
     addressHeader: text("ADDRESS_HEADER"),
-    log: logText,
-    clock: systemClock,
-    siblings: undefined,
-    ...LIMITS,
   };
-  for (const name of Object.keys(LIMITS) as (keyof typeof LIMITS)[]) {
+  for (const name of LIMIT_NAMES) {
     const variable = name.replace(/[A-Z]/g, "_$&").toUpperCase();
-    config[name] = whole(variable, LIMITS[name], name.endsWith("Seconds") ? LONG : MOST);
+    config[name] = whole(variable, LIMITS[name], MOST[name] ?? MOST_BYTES);
   }
-  const { flyApp, flyRegion, maxBufferedBytes, maxMessageBytes } = config;
+  const { maxBufferedBytes, maxMessageBytes } = config;
   if (maxBufferedBytes !== 0 && maxMessageBytes !== 0 && maxBufferedBytes < 4 * maxMessageBytes)
     faults.push(
       `MAX_BUFFERED_BYTES must be at least four times MAX_MESSAGE_BYTES (${4 * maxMessageBytes}), not ${maxBufferedBytes}`,
     );
   if (!/^[\x21-\x7e]{0,256}$/.test(config.instance))
     faults.push("INSTANCE_ID must be at most 256 visible ASCII characters: it is sent in a header");
-  if (flyApp !== undefined && config.instance !== (text("FLY_MACHINE_ID") ?? ""))
-    faults.push("INSTANCE_ID must be left out, or equal FLY_MACHINE_ID, where FLY_APP_NAME is set: Fly.io routes by it");
   const position = flyRegion === undefined ? 0 : REGIONS.indexOf(flyRegion);
   if (position < 0 || position > 31)
     faults.push(`FLY_REGION ${JSON.stringify(flyRegion)} has no row: append ${JSON.stringify(flyRegion)} to regions.ts`);
@@ -445,8 +609,18 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   if (config.addressHeader !== undefined && !/^[\w!#$%&'*+.^`|~-]+$/.test(config.addressHeader))
     faults.push(`ADDRESS_HEADER must be a header's name, not ${JSON.stringify(config.addressHeader)}`);
   if (flyApp !== undefined) {
+    if (config.instance !== (text("FLY_MACHINE_ID") ?? ""))
+      faults.push("INSTANCE_ID must be left out, or equal FLY_MACHINE_ID, if FLY_APP_NAME is set: Fly.io routes by it");
     config.addressHeader ??= "Fly-Client-IP";
-    if (flyRegion !== undefined) config.siblings = flySiblings(flyApp, flyRegion, config.instance, config.port);
+    config.cluster = flyCluster(flyRegion, flySiblings(flyApp, flyRegion ?? "", config.instance, config.port));
+  }
+  const peers = text("PEERS");
+  if (peers !== undefined) {
+    const ids = new Set(peers.split(",").map((id) => id.trim()));
+    const address = text("PEER_ADDRESS") ?? `{id}:${config.port}`;
+    faults.push(...peerFaults(ids, address, config, flyApp));
+    config.addressHeader ??= "X-Forwarded-For";
+    config.cluster = nginxCluster(ids, peerSiblings(ids, address, config.instance));
   }
   const format = text("LOG_FORMAT") ?? "text";
   if (format === "json") config.log = logJson;
@@ -455,41 +629,40 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   return config;
 }
 
-// ---- Room codes ------------------------------------------------------------------------------------------
-
-const ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"; // Bitcoin's base58
-const CODE = /^[1-9A-HJ-NP-Za-km-z]{6}$/;
-const REGION_UNIT = 2 ** 30; // a code is 35 bits: 5 for the region's position, 30 random
-
-/** The six characters of a 35-bit number, big-endian. */
-export function encodeCode(value: number): string {
-  let code = "";
-  for (let i = 0; i < 6; i++) {
-    code = ALPHABET.charAt(value % 58) + code;
-    value = Math.floor(value / 58);
-  }
-  return code;
-}
-
-/** A fresh code: `region`'s position and 30 random bits, or 35 random bits without a region. */
-export function newCode(region: string | undefined): string {
-  const [low = 0, high = 0] = crypto.getRandomValues(new Uint32Array(2));
-  const position = region === undefined ? high >>> 27 : REGIONS.indexOf(region);
-  return encodeCode(position * REGION_UNIT + (low >>> 2));
-}
-
-/** The region that a code names, or undefined where it names no row or is no code. */
-export function regionOf(code: string): string | undefined {
-  if (!CODE.test(code)) return undefined;
-  let value = 0;
-  for (const character of code) value = value * 58 + ALPHABET.indexOf(character);
-  return REGIONS[Math.floor(value / REGION_UNIT)];
+/** What is wrong with a cluster behind nginx, as the environment describes it. */
+function peerFaults(ids: ReadonlySet<string>, address: string, { instance, host, port }: Config, flyApp?: string): string[] {
+  const faults: string[] = [];
+  const odd = [...ids].filter((id) => !PEER_ID.test(id));
+  if (odd.length > 0)
+    faults.push(
+      `PEERS must list ids of at most 64 letters, digits, "-", "_" and ".", not ${odd.map((id) => JSON.stringify(id)).join(", ")}`,
+    );
+  if (ids.size > PEERS) faults.push(`PEERS must list at most ${PEERS} ids, not ${ids.size}`);
+  if (!ids.has(instance)) faults.push(`INSTANCE_ID must be one of PEERS, not ${JSON.stringify(instance)}`);
+  if (host === undefined)
+    faults.push("HOST must be set if PEERS is: the address at which only nginx and the peers reach this relay");
+  if (flyApp !== undefined) faults.push("PEERS must be left out if FLY_APP_NAME is set: Fly.io knows the machines");
+  const url = URL.parse(`http://${address.replaceAll("{id}", "1")}/`);
+  if (!address.includes("{id}") || url === null || url.pathname !== "/" || url.search !== "" || url.username !== "")
+    faults.push(`PEER_ADDRESS must be a host and port with {id} in it, such as {id}.relay:3000, not ${JSON.stringify(address)}`);
+  if (port === 0 && address === "{id}:0") faults.push("PORT must be set if PEERS is, so that the peers know it, or PEER_ADDRESS");
+  return faults;
 }
 
 // ---- State -----------------------------------------------------------------------------------------------
 
 /** A place in a room. It is connected, or absent, or barred. */
-type Slot = { readonly index: number; readonly clientId: string; readonly room: Room; barred: boolean };
+type Slot = {
+  readonly room: Room;
+  readonly index: number;
+  /** Whose it is; another's after a claim. */
+  clientId: string;
+  barred: boolean;
+  /** When the bucket of its last socket is full again (clock time). */
+  bucketFullAt: number;
+  /** With which it moves to another clientId, until `ends` (clock time). */
+  offer: { readonly token: string; readonly ends: number } | undefined;
+};
 
 class Room {
   locked = false;
@@ -497,11 +670,14 @@ class Room {
   /** The snapshot, as the frame that is sent. */
   state: string | undefined;
   nextIndex = 0;
-  /** Every slot that the room remembers. */
+  /** Every slot that the room remembers, by its clientId. */
   readonly known = new Map<string, Slot>();
+  /** The same slots, by their index. */
+  readonly slots = new Map<number, Slot>();
   readonly connected = new Map<number, Socket>();
   /** Slots with nobody on them, the longest gone first; without the host's. */
   readonly absent = new Set<Slot>();
+  readonly flow: Flow = new Flow(this);
   /** What the room's one timer waits for: nobody is connected, or the host is away. */
   waiting: "linger" | "host" | undefined;
   waitEnds = 0;
@@ -510,44 +686,70 @@ class Room {
   published = 0;
 
   constructor(
+    readonly relay: Relay,
     readonly code: string,
+    readonly creator: Address,
     readonly origin: Origin, // the creator's
     readonly url: string | undefined,
     public maxClients: number,
-    readonly linger = 0,
-    readonly hostGrace?: number,
-    readonly migrate = false,
+    readonly linger: number, // seconds; 0: none
+    readonly hostGrace: number, // seconds; 0: none
+    readonly migrate: boolean,
   ) {}
 }
 
 /** What is known of a socket. */
 class Session {
   slot: Slot | undefined;
+  /** Who pays for what it sends: its room, or its address while it is in none. */
+  flow!: Flow;
+  /** Its address, as long as the socket is open. */
+  home!: Address;
+  readonly bucket: Bucket;
+  /** Frames that wait to be handled; undefined if the socket isn't paused. */
+  queue: (string | Buffer)[] | undefined;
+  /** The flow whose turn the first of them waits for. */
+  waitsFor: Flow | undefined;
+  /** What ends it, if it closed while frames of it waited. */
+  goodbye: { leave(): void; cancel(): void } | undefined;
   /** When a frame or a pong last came, and what its room had published then. */
   heardAt = 0;
   heardBytes = 0;
   /** Sweeps since an unanswered ping. */
   unanswered = 0;
-  /** When the message bucket will be full again (clock time). */
-  refilledAt = 0;
-  /** Frames that came after the bucket was empty; undefined where the socket isn't paused. */
-  queue: (string | Buffer)[] | undefined;
+  /** Cut because memory was short. */
+  cut = false;
   /** Set when the socket opens: a handshake that fails is no use of its origin. */
   origin!: Origin;
 
   constructor(
+    readonly relay: Relay,
     readonly address: string,
     readonly originName: string,
-    /** The code in the upgrade's path, where no sibling had it: that miss is counted, so the first join counts none. */
-    public missed?: string,
-  ) {}
+  ) {
+    this.bucket = new Bucket(relay.config.maxMessagesPerSecond);
+  }
 }
 type Socket = ServerWebSocket<Session>;
+
+/** What one address has here; kept as long as it has a socket or a room. */
+class Address {
+  /** That of its sockets that are in no room. */
+  readonly flow = new Flow();
+  readonly sockets = new Set<Socket>();
+  /** How many of the rooms it created. */
+  rooms = 0;
+  /** Slots with nobody on them in those rooms, the longest gone first; without the hosts'. */
+  readonly absent = new Set<Slot>();
+
+  constructor(readonly key: string) {}
+}
 
 /** The counts of one Origin header. */
 type Origin = { readonly name: string; clients: number; rooms: number; connections: number; created: number };
 
 const JOINS = ["new", "resumed", "replaced"] as const;
+type Join = (typeof JOINS)[number];
 const DISCONNECTS = ["left", "lost", "kicked", "replaced", "room_closed", "slow", "shutdown"] as const;
 type Disconnect = (typeof DISCONNECTS)[number];
 const REPLAYS = ["instance", "region", "sibling", "stale", "failed"] as const;
@@ -555,37 +757,36 @@ const PROBES = ["found", "missing", "failed"] as const;
 const zeros = <K extends string>(keys: readonly K[]): Record<K, number> =>
   Object.fromEntries(keys.map((key) => [key, 0])) as Record<K, number>;
 
+/** Where a relay is in its life. */
+type Stage = { name: "serving" } | { name: "draining"; /** Clock time. */ ends: number } | { name: "ended" };
+
 /** All that a relay has in memory. Two of them share nothing. */
 class Relay {
   server!: Server<Session>;
+  stage: Stage = { name: "serving" };
+  readonly ended = Promise.withResolvers<"idle" | "drained">();
   readonly rooms = new Map<string, Room>();
   readonly sockets = new Set<Socket>();
   /** Sockets in no room, the longest so first. */
   readonly roomless = new Set<Socket>();
-  readonly paused = new Set<Socket>();
-  readonly lingering = new Set<Room>();
-  /** Slots with nobody on them, in all rooms, the longest gone first. */
-  readonly absent = new Set<Slot>();
-  lastAddress: { text: string; key: string | undefined } = { text: "", key: undefined };
-  readonly misses = new Map<string, { count: number; until: number }>();
-  readonly searches = new Map<string, { address: string; result: Promise<string | undefined> }>();
-  readonly missing = new Map<string, number>();
+  readonly addresses = new Map<string, Address>();
   readonly origins = new Map<string, Origin>();
-  readonly capLogged = new Map<string, number>();
+  /** Slots with nobody on them in all rooms, without the hosts'. */
+  remembered = 0;
   /** Connected members. */
   clients = 0;
-  /** Whether resting pays: by the rate of deliveries since `loadSince`, when there had been `loadFrom`. */
-  busy = false;
-  loadSince = 0;
-  loadFrom = 0;
-  /** Whether this turn of the event loop ends with a rest. */
-  resting = false;
-  cancelRefill: (() => void) | undefined;
+  readonly turns: Turns;
+  readonly memory: Memory;
+  readonly lookUpMisses: Misses;
+  readonly socketMisses: Misses;
+  readonly searches: Searches;
+  readonly capLogged = new Map<string, number>();
+  lastAddress: { text: string; key: string | undefined } = { text: "", key: undefined };
+  metricsText = { text: "", until: 0 };
+  hasSeenForwarded = false;
   cancelIdle = () => {};
-  /** When a drain ends (clock time); undefined while none goes on. */
-  drainEnds: number | undefined;
-  ending = false;
-  readonly ended = Promise.withResolvers<"idle" | "drained">();
+  /** When the last close frame from this side has had its time to leave (clock time). */
+  flushedAt = 0;
   readonly lag: number[] = [];
   readonly startedAt: number;
 
@@ -598,7 +799,7 @@ class Relay {
   bytesOut = 0;
   pausedTotal = 0;
   readonly errors = zeros<ErrorCode | "internal">([
-    ...(Object.keys(REFUSALS) as (keyof typeof REFUSALS)[]),
+    ...(Object.keys(REFUSALS) as PlainCode[]),
     "bad_request",
     "not_host",
     "internal",
@@ -610,22 +811,46 @@ class Relay {
 
   constructor(readonly config: Config) {
     this.startedAt = config.clock.now();
+    this.turns = new Turns(config, this);
+    this.memory = new Memory(this);
+    this.lookUpMisses = new Misses(config);
+    this.socketMisses = new Misses(config);
+    this.searches = new Searches(this);
   }
 }
 
-/** The counts of an Origin header, which is used now; the least recently used goes where there are too many. */
+/** The record of an address, made if there is none. */
+function addressOf(relay: Relay, key: string): Address {
+  let address = relay.addresses.get(key);
+  if (address === undefined) relay.addresses.set(key, (address = new Address(key)));
+  return address;
+}
+
+/** Forgets an address that has nothing here any more. */
+function releaseAddress(relay: Relay, { key, sockets, rooms }: Address): void {
+  if (sockets.size === 0 && rooms === 0) relay.addresses.delete(key);
+}
+
+/** The counts of an Origin header, which is used now; the least recently used goes if there are too many. */
 function useOrigin(relay: Relay, name: string): Origin {
   const origin = relay.origins.get(name) ?? { name, clients: 0, rooms: 0, connections: 0, created: 0 };
   relay.origins.delete(name);
   relay.origins.set(name, origin);
-  if (relay.origins.size > ORIGINS_KEPT) relay.origins.delete(first(relay.origins.keys()) as string);
+  if (relay.origins.size > ORIGINS_KEPT) dropFirst(relay.origins);
   return origin;
 }
 
-function first<T>(items: Iterator<T>): T | undefined {
-  return items.next().value as T | undefined;
+function first<T>(items: Iterable<T>): T | undefined {
+  for (const item of items) return item;
+  return undefined;
 }
 
+function dropFirst(map: Map<string, unknown>): void {
+  const key = first(map.keys());
+  if (key !== undefined) map.delete(key);
+}
+
+/** Says in the log that a limit is reached, once a minute for each. */
 function capReached(relay: Relay, cap: string): void {
   const now = relay.config.clock.now();
   if (now < (relay.capLogged.get(cap) ?? 0)) return;
@@ -635,175 +860,205 @@ function capReached(relay: Relay, cap: string): void {
 
 // ---- Frames out: all that leaves goes through here, in the order in which it was handled -----------------
 
-function write(relay: Relay, socket: Socket, frame: string): void {
-  relay.messagesOut++;
-  relay.bytesOut += Buffer.byteLength(frame);
-  socket.sendText(frame);
-}
-
-function publish(relay: Relay, room: Room, frame: string, except?: Socket): void {
-  const receivers = room.connected.size - (except === undefined ? 0 : 1);
-  const bytes = Buffer.byteLength(frame);
+/** Counts a frame of which so many were delivered. @param sent what Bun said: its bytes, or 0 or -1 if it can't leave yet */
+function delivered(relay: Relay, receivers: number, sent: number, frame: string): number {
+  const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
-  room.published += bytes;
-  if (except !== undefined) except.publishText(room.code, frame);
-  else relay.server.publish(room.code, frame);
+  relay.turns.work += receivers * (1 + bytes / WORK_BYTES);
+  return bytes;
 }
 
-/**
- * Lets a busy relay rest for a moment before it reads on: what gathers meanwhile is read in one turn of the event loop, and
- * all that a member gets of it leaves in one system call. Orders and holds nothing back itself: what was read is on its way.
- */
-function restIfBusy(relay: Relay, now: number): void {
-  const elapsed = now - relay.loadSince;
-  if (elapsed >= REST_WINDOW_MS) {
-    relay.busy = relay.messagesOut - relay.loadFrom > elapsed * REST_ABOVE;
-    relay.loadFrom = relay.messagesOut;
-    relay.loadSince = now;
-  }
-  if (!relay.busy || relay.resting) return;
-  relay.resting = true;
-  setImmediate(() => {
-    relay.resting = false;
-    const { clock } = relay.config;
-    if (clock.now() - now < LONG_TURN_MS) clock.rest(REST_MS);
-  });
+function write(socket: Socket, frame: string): void {
+  delivered(socket.data.relay, 1, socket.sendText(frame), frame);
 }
 
-const say = (relay: Relay, socket: Socket, message: ServerMessage) => write(relay, socket, frameOf(message));
+/** Sends a frame to the room's members, all but `except`. */
+function publish(room: Room, frame: string, except?: Socket): void {
+  const { relay, code, connected } = room;
+  const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
+  room.published += delivered(relay, connected.size - (except === undefined ? 0 : 1), sent, frame);
+}
+
+const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
 
 /** Tells the room's members, all but `except`. */
-const announce = (relay: Relay, room: Room, message: ServerMessage, except?: Socket) =>
-  publish(relay, room, frameOf(message), except);
+const announce = (room: Room, message: ServerMessage, except?: Socket) => publish(room, frameOf(message), except);
 
 /** Closes a socket from this side; frames of it that wait are discarded. */
-function hangUp(relay: Relay, socket: Socket, code: number, reason: string): void {
-  socket.data.queue = undefined;
-  relay.paused.delete(socket);
+function hangUp(socket: Socket, code: number, reason: string): void {
+  const { relay } = socket.data;
+  relay.turns.discard(socket);
+  relay.flushedAt = relay.config.clock.now() + FLUSH_MS;
   socket.close(code, reason);
 }
 
 // ---- Slots: `sit` and `stand` are the only writers of who sits where -------------------------------------
 
-function sit(relay: Relay, socket: Socket, slot: Slot): void {
+function sit(socket: Socket, slot: Slot): void {
   const { room } = slot;
-  relay.absent.delete(slot);
-  room.absent.delete(slot);
+  const { relay } = room;
+  const session = socket.data;
+  unremember(slot);
   relay.roomless.delete(socket);
   room.connected.set(slot.index, socket);
-  socket.data.slot = slot;
-  socket.data.heardBytes = room.published;
-  socket.data.origin.clients++;
+  session.slot = slot;
+  session.flow = room.flow;
+  session.heardBytes = room.published;
+  session.bucket.fullAt = Math.max(session.bucket.fullAt, slot.bucketFullAt);
+  session.origin.clients++;
   relay.clients++;
   socket.subscribe(room.code);
 }
 
-function stand(relay: Relay, socket: Socket, slot: Slot, why: Disconnect): void {
-  socket.unsubscribe(slot.room.code);
-  slot.room.connected.delete(slot.index);
-  socket.data.slot = undefined;
-  socket.data.origin.clients--;
+function stand(socket: Socket, slot: Slot, why: Disconnect): void {
+  const { room } = slot;
+  const { relay } = room;
+  const session = socket.data;
+  socket.unsubscribe(room.code);
+  room.connected.delete(slot.index);
+  session.slot = undefined;
+  session.flow = session.home.flow;
+  slot.bucketFullAt = session.bucket.fullAt;
+  session.origin.clients--;
   relay.clients--;
   relay.disconnects[why]++;
   if (relay.sockets.has(socket)) relay.roomless.add(socket);
 }
 
-/** Keeps a slot for its clientId's return. The longest gone is forgotten where there are too many; a host never. */
-function remember(relay: Relay, slot: Slot): void {
-  if (slot.index === slot.room.host) return;
-  slot.room.absent.add(slot);
-  relay.absent.add(slot);
-  if (slot.room.absent.size > KNOWN_PER_ROOM) forget(relay, first(slot.room.absent.values()) as Slot);
-  if (relay.absent.size > KNOWN_IN_ALL) forget(relay, first(relay.absent.values()) as Slot);
+/**
+ * Keeps a slot for its clientId's return; a host's forever. The longest gone is forgotten if there are too many: in the room, or
+ * in the rooms of the address whose rooms remember the most.
+ */
+function remember(slot: Slot): void {
+  const { room } = slot;
+  const { relay, creator } = room;
+  if (slot.index === room.host) return;
+  room.absent.add(slot);
+  creator.absent.add(slot);
+  relay.remembered++;
+  if (room.absent.size > KNOWN_PER_ROOM) forget(first(room.absent));
+  if (relay.remembered <= KNOWN_IN_ALL) return;
+  let most = creator;
+  for (const address of relay.addresses.values()) if (address.absent.size > most.absent.size) most = address;
+  forget(first(most.absent));
 }
 
-function forget(relay: Relay, slot: Slot): void {
-  relay.absent.delete(slot);
-  slot.room.absent.delete(slot);
+/** Takes a slot off the lists of those with nobody on them. */
+function unremember(slot: Slot): void {
+  const { room } = slot;
+  if (!room.absent.delete(slot)) return;
+  room.creator.absent.delete(slot);
+  room.relay.remembered--;
+}
+
+function forget(slot: Slot | undefined): void {
+  if (slot === undefined) return;
+  unremember(slot);
   slot.room.known.delete(slot.clientId);
+  slot.room.slots.delete(slot.index);
 }
 
 function addSlot(room: Room, clientId: string): Slot {
-  const slot: Slot = { index: room.nextIndex++, clientId: copyOf(clientId), room, barred: false };
+  const index = room.nextIndex++;
+  const slot: Slot = { room, index, clientId: copyOf(clientId), barred: false, bucketFullAt: 0, offer: undefined };
   room.known.set(slot.clientId, slot);
+  room.slots.set(index, slot);
   return slot;
+}
+
+/** Gives a slot to another clientId, once. */
+function handOver(slot: Slot, clientId: string): void {
+  const { known } = slot.room;
+  known.delete(slot.clientId);
+  slot.clientId = copyOf(clientId);
+  slot.offer = undefined;
+  known.set(slot.clientId, slot);
 }
 
 /**
  * A member goes, and its room lives with that.
- * @param reason what the others are told; undefined where the socket just closed
+ * @param reason what the others are told; undefined if the socket just closed
  */
-function depart(relay: Relay, socket: Socket, slot: Slot, why: Disconnect, reason?: "left" | "kicked"): void {
+function depart(socket: Socket, slot: Slot, why: Disconnect, reason?: "left" | "kicked"): void {
   const { room } = slot;
-  stand(relay, socket, slot, why);
-  remember(relay, slot);
+  stand(socket, slot, why);
+  remember(slot);
   if (room.connected.size > 0) {
-    announce(relay, room, { type: "peer_left", index: slot.index, reason });
-    settle(relay, room);
-  } else if (room.linger > 0 && reason === undefined && relay.drainEnds === undefined) settle(relay, room);
-  else dropRoom(relay, room);
+    room.relay.turns.farewell(room, { type: "peer_left", index: slot.index, reason });
+    settle(room);
+  } else if (room.linger > 0 && reason === undefined && room.relay.stage.name !== "ended") settle(room);
+  else dropRoom(room);
 }
 
 /** Arms, keeps or ends the room's one timer, as who is there demands. */
-function settle(relay: Relay, room: Room): void {
-  const empty = room.connected.size === 0;
-  const hostAway = room.hostGrace !== undefined && !room.connected.has(room.host);
-  const waiting = empty ? "linger" : hostAway ? "host" : undefined;
+function settle(room: Room): void {
+  const { clock } = room.relay.config;
+  const isEmpty = room.connected.size === 0;
+  const isHostAway = room.hostGrace > 0 && !room.connected.has(room.host);
+  const waiting = isEmpty ? "linger" : isHostAway ? "host" : undefined;
   if (waiting === room.waiting) return;
   room.cancelWait();
   room.cancelWait = () => {};
   room.waiting = waiting;
-  if (empty) relay.lingering.add(room);
-  else relay.lingering.delete(room);
   if (waiting === undefined) return;
-  const { clock } = relay.config;
-  const ms = 1000 * (empty ? room.linger : (room.hostGrace ?? 0));
+  const ms = 1000 * (isEmpty ? room.linger : room.hostGrace);
   room.waitEnds = clock.now() + ms;
   room.cancelWait = clock.after(ms, () => {
-    if (empty) dropRoom(relay, room);
-    else if (room.migrate) migrateHost(relay, room);
-    else closeRoom(relay, room, "room_closed");
+    if (isEmpty) dropRoom(room);
+    else if (room.migrate) migrateHost(room);
+    else closeRoom(room, "room_closed");
   });
 }
 
-function migrateHost(relay: Relay, room: Room): void {
-  const former = room.known.values().find((slot) => slot.index === room.host);
+function migrateHost(room: Room): void {
+  const former = room.slots.get(room.host);
   room.host = room.connected.keys().reduce((lowest, index) => Math.min(lowest, index));
-  if (former !== undefined) remember(relay, former);
-  announce(relay, room, { type: "host", index: room.host });
-  settle(relay, room);
+  if (former !== undefined) remember(former);
+  announce(room, { type: "host", index: room.host });
+  settle(room);
 }
 
 /** Ends a room that nobody is connected to. */
-function dropRoom(relay: Relay, room: Room): void {
+function dropRoom(room: Room): void {
+  const { relay, creator } = room;
   room.cancelWait();
   relay.rooms.delete(room.code);
-  relay.lingering.delete(room);
-  for (const slot of room.absent) relay.absent.delete(slot);
+  for (const slot of room.absent) unremember(slot);
   room.origin.rooms--;
+  creator.rooms--;
+  releaseAddress(relay, creator);
+  relay.turns.disband(room.flow);
   watchIdle(relay);
-  if (relay.drainEnds !== undefined && relay.rooms.size === 0) end(relay, "drained");
+  if (relay.stage.name === "draining" && relay.rooms.size === 0) end(relay, "drained");
 }
 
 /** Ends a room and all its sockets at once. */
-function closeRoom(relay: Relay, room: Room, why: "room_closed" | "shutdown"): void {
+function closeRoom(room: Room, why: "room_closed" | "shutdown"): void {
   const [code, reason] = why === "room_closed" ? [CloseCode.ROOM_CLOSED, "room closed"] : [CloseCode.RESTARTING, "restarting"];
   for (const socket of [...room.connected.values()]) {
-    stand(relay, socket, socket.data.slot as Slot, why);
-    hangUp(relay, socket, code, reason);
+    const { slot } = socket.data;
+    if (slot !== undefined) stand(socket, slot, why);
+    hangUp(socket, code, reason);
   }
-  dropRoom(relay, room);
+  dropRoom(room);
 }
 
 // ---- Messages: one row each, named as on the wire --------------------------------------------------------
 
-type Handler<T extends MessageType, S> = (relay: Relay, socket: Socket, message: Message<T>, slot: S) => Refusal | void;
+/** What came of a message: a refusal, or nothing, or the flow that must have its turn before the message can be handled. */
+type Outcome = Refusal | Flow | void;
 /** Fields are parsed into a well-formed message or the refusal; a handler trusts its argument. */
-type Row<T extends MessageType> = { parse(fields: Fields, frame: string, config: Config): Message<T> | Refusal } & (
-  | { who: "anyone"; handle: Handler<T, Slot | undefined> }
-  | { who: "member"; handle: Handler<T, Slot> }
-  | { who: "host"; /** Completes "Only the host can …". */ act: string; handle: Handler<T, Slot> }
+type Row<T extends MessageType> = {
+  parse(fields: Fields, frame: string, config: Config): Message<T> | Refusal;
+} & (
+  | { who: "anyone"; handle(socket: Socket, message: Message<T>): Outcome }
+  | { who: "member"; handle(socket: Socket, message: Message<T>, slot: Slot): Outcome }
+  | {
+      who: "host";
+      /** Completes "Only the host can …". */ deed: string;
+      handle(socket: Socket, message: Message<T>, slot: Slot): Outcome;
+    }
 );
 
 function clientIdFault({ clientId }: Fields): Refusal | undefined {
@@ -814,34 +1069,61 @@ function clientIdFault({ clientId }: Fields): Refusal | undefined {
 
 function maxClientsFault({ maxClients }: Fields, { maxClientsPerRoom }: Config): Refusal | undefined {
   if (!isWhole(maxClients, 1, Infinity)) return badRequest("maxClients must be a positive number");
-  if (maxClientsPerRoom !== 0 && (maxClients as number) > maxClientsPerRoom)
+  if (maxClientsPerRoom !== 0 && maxClients > maxClientsPerRoom)
     return badRequest(`maxClients must be at most ${maxClientsPerRoom}`);
   return undefined;
 }
 
-function optionsFault({ linger, hostGrace, migrate, url }: Fields): Refusal | undefined {
+function optionsFault({ linger, hostGrace, migrate, url }: Fields, config: Config): Refusal | undefined {
   if (linger !== undefined && !isWhole(linger, 0, LINGER_SECONDS))
     return badRequest(`linger must be a whole number from 0 to ${LINGER_SECONDS}`);
-  if (hostGrace !== undefined && !isWhole(hostGrace, 1, GRACE_SECONDS))
-    return badRequest(`hostGrace must be a whole number from 1 to ${GRACE_SECONDS}`);
+  if (hostGrace !== undefined && !isWhole(hostGrace, 0, GRACE_SECONDS))
+    return badRequest(`hostGrace must be a whole number from 0 to ${GRACE_SECONDS}`);
   if (migrate !== undefined && typeof migrate !== "boolean") return badRequest("migrate must be true or false");
-  if (migrate === true && hostGrace === undefined) return badRequest("migrate needs hostGrace");
-  if (url !== undefined && typeof url !== "string") return badRequest("url must be a string");
-  if (url !== undefined && Buffer.byteLength(url) > URL_BYTES) return badRequest(`url must be at most ${URL_BYTES} bytes`);
+  if (migrate === true && (hostGrace ?? config.defaultHostGraceSeconds) === 0) return badRequest("migrate needs hostGrace");
+  if (url === undefined) return undefined;
+  if (typeof url !== "string") return badRequest("url must be a string");
+  if (Buffer.byteLength(url) > URL_BYTES) return badRequest(`url must be at most ${URL_BYTES} bytes`);
+  if (fillUrl(url, "111111", config.instance) === undefined)
+    return badRequest("url must be an absolute https URL with no braces but {room} and {instance}");
   return undefined;
 }
 
-/** The controller page's address, or undefined where the template doesn't give an absolute https URL. */
+/** The controller page's address, or undefined if the template doesn't give an absolute https URL. */
 function fillUrl(template: string, room: string, instance: string): string | undefined {
   const filled = template.replaceAll("{room}", encodeURIComponent(room)).replaceAll("{instance}", encodeURIComponent(instance));
   const url = /[{}]/.test(filled) ? null : URL.parse(filled);
   return url?.protocol === "https:" ? url.href : undefined;
 }
 
-function tellDraining(relay: Relay, socket: Socket): void {
-  if (relay.drainEnds === undefined) return;
-  const left = Math.max(0, relay.drainEnds - relay.config.clock.now());
-  say(relay, socket, { type: "draining", seconds: Math.ceil(left / 1000) });
+/** To whom a `send` goes: everyone, one slot, or several different ones; null if `to` is none of them. */
+function parseTargets(to: unknown): Send["to"] | null {
+  if (to === undefined || isIndex(to)) return to;
+  if (!Array.isArray(to) || to.length > MOST_BYTES) return null;
+  const targets = [...new Set<unknown>(to)];
+  return targets.length >= 1 && targets.length <= TARGETS && targets.every(isIndex) ? targets : null;
+}
+
+function tellDraining(socket: Socket): void {
+  const { stage, config } = socket.data.relay;
+  if (stage.name !== "draining") return;
+  const left = Math.max(0, stage.ends - config.clock.now());
+  say(socket, { type: "draining", seconds: Math.ceil(left / 1000) });
+}
+
+/** Lingering rooms that may go for others: those of the address that created the most of them, the nearest its end first. */
+function lingeringOfTheMost(relay: Relay): Room[] {
+  const byCreator = new Map<Address, Room[]>();
+  relay.turns.work += relay.rooms.size / 100; // looking at each of them is work, too
+  for (const room of relay.rooms.values()) {
+    if (room.waiting !== "linger") continue;
+    const others = byCreator.get(room.creator);
+    if (others === undefined) byCreator.set(room.creator, [room]);
+    else others.push(room);
+  }
+  let most: Room[] = [];
+  for (const rooms of byCreator.values()) if (rooms.length > most.length) most = rooms;
+  return most.sort((a, b) => a.waitEnds - b.waitEnds);
 }
 
 /** Makes place for another room. @returns whether there is one */
@@ -849,39 +1131,45 @@ function placeForRoom(relay: Relay): boolean {
   const { maxRooms } = relay.config;
   if (maxRooms === 0 || relay.rooms.size < maxRooms) return true;
   capReached(relay, "rooms");
-  let nearest: Room | undefined;
-  for (const room of relay.lingering) if (nearest === undefined || room.waitEnds < nearest.waitEnds) nearest = room;
+  const [nearest] = lingeringOfTheMost(relay);
   if (nearest === undefined) return false;
-  dropRoom(relay, nearest);
+  dropRoom(nearest);
   return true;
+}
+
+/** Whether a member from an address sits in a room. */
+function sitsIn(room: Room, address: string): boolean {
+  return room.connected.values().some((socket) => socket.data.address === address);
 }
 
 const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
   create: {
     who: "anyone",
     parse(fields, _, config) {
-      const fault = clientIdFault(fields) ?? maxClientsFault(fields, config) ?? optionsFault(fields);
+      const fault = clientIdFault(fields) ?? maxClientsFault(fields, config) ?? optionsFault(fields, config);
       return fault ?? (fields as Message<"create">);
     },
-    handle(relay, socket, message, slot) {
-      const { clientId, url, maxClients, linger, hostGrace, migrate } = message;
-      const { instance, region, flyRegion } = relay.config;
-      let code = newCode(flyRegion);
-      while (relay.rooms.has(code)) code = newCode(flyRegion);
-      const filled = url === undefined ? undefined : fillUrl(url, code, instance);
-      if (url !== undefined && filled === undefined)
-        return badRequest("url must be an absolute https URL with no braces but {room} and {instance}");
+    handle(socket, { clientId, maxClients, linger, hostGrace, migrate, url }) {
+      const { relay, slot, address, originName } = socket.data;
+      const { instance, region, codeRegion, defaultLingerSeconds, defaultHostGraceSeconds } = relay.config;
       if (slot !== undefined) return refuse("already_in_room");
-      if (relay.drainEnds !== undefined) return refuse("draining");
+      if (relay.stage.name !== "serving") return refuse("draining");
       if (!placeForRoom(relay)) return refuse("capacity");
-      const origin = useOrigin(relay, socket.data.originName);
-      const room = new Room(code, origin, filled, maxClients, linger, hostGrace, migrate);
+      let code = newCode(codeRegion);
+      while (relay.rooms.has(code)) code = newCode(codeRegion);
+      const origin = useOrigin(relay, originName);
+      const creator = addressOf(relay, address);
+      const filled = url === undefined ? undefined : fillUrl(url, code, instance);
+      const wait = linger ?? defaultLingerSeconds;
+      const grace = hostGrace ?? defaultHostGraceSeconds;
+      const room = new Room(relay, code, creator, origin, filled, maxClients, wait, grace, migrate === true);
       relay.rooms.set(code, room);
       relay.createdTotal++;
+      creator.rooms++;
       origin.rooms++;
       origin.created++;
-      sit(relay, socket, addSlot(room, clientId));
-      say(relay, socket, { type: "created", room: code, instance, region, index: 0, url: filled });
+      sit(socket, addSlot(room, clientId));
+      say(socket, { type: "created", room: code, instance, region, index: 0, url: filled });
     },
   },
 
@@ -891,35 +1179,49 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       const fault = clientIdFault(fields);
       if (fault !== undefined) return fault;
       if (typeof fields.room !== "string" || fields.room === "") return badRequest("room is required");
+      if (fields.claim !== undefined && typeof fields.claim !== "string") return badRequest("claim must be a string");
       return fields as Message<"join">;
     },
-    handle(relay, socket, { clientId, room: code }, slot) {
+    handle(socket, { clientId, room: code, claim }) {
+      const { relay, slot, address } = socket.data;
+      const { turns, socketMisses: misses } = relay;
       if (slot !== undefined) return refuse("already_in_room");
       const room = relay.rooms.get(code);
       const known = room?.known.get(clientId);
-      const { address } = socket.data;
-      if (known === undefined && lockedOut(relay, address)) return refuse("too_many_attempts");
-      if (room === undefined) {
-        const counted = socket.data.missed === code;
-        socket.data.missed = undefined;
-        return refuse(miss(relay, address, counted ? 0 : 1) ? "too_many_attempts" : "room_not_found");
+      if (known === undefined && misses.isOver(address) && !(room && sitsIn(room, address))) {
+        capReached(relay, "misses");
+        return refuse("too_many_attempts");
       }
-      if (known?.barred) return refuse("kicked");
-      if (known === undefined && room.locked) return refuse("room_locked");
-      const old = known && room.connected.get(known.index);
+      if (room === undefined) {
+        misses.add(address);
+        return refuse("room_not_found");
+      }
+      if (!turns.isUpToDate(room.flow)) return room.flow;
+      turns.charge(room.flow);
+      const claimed = known === undefined && claim !== undefined ? slotOffered(room, claim) : undefined;
+      if (known === undefined && claim !== undefined && claimed === undefined) {
+        misses.add(address);
+        return refuse("claim_not_found");
+      }
+      const own = known ?? claimed;
+      if (own?.barred) return refuse("kicked");
+      if (own === undefined && room.locked) return refuse("room_locked");
+      const old = own && room.connected.get(own.index);
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
-      const mine = known ?? addSlot(room, clientId);
+      if (claimed !== undefined) handOver(claimed, clientId);
+      const mine = own ?? addSlot(room, clientId);
+      const kind: Join = old !== undefined ? "replaced" : own !== undefined ? "resumed" : "new";
+      const resumed = kind === "resumed" || undefined;
       if (old !== undefined) {
-        stand(relay, old, mine, "replaced");
-        hangUp(relay, old, CloseCode.REPLACED, "replaced");
+        stand(old, mine, "replaced");
+        hangUp(old, CloseCode.REPLACED, "replaced");
       }
       const peers = [...room.connected.keys()].sort((a, b) => a - b);
-      const resumed = known !== undefined && old === undefined ? true : undefined;
-      relay.joins[old !== undefined ? "replaced" : resumed ? "resumed" : "new"]++;
-      sit(relay, socket, mine);
-      settle(relay, room);
-      say(relay, socket, {
+      relay.joins[kind]++;
+      sit(socket, mine);
+      settle(room);
+      say(socket, {
         type: "joined",
         room: code,
         index: mine.index,
@@ -929,9 +1231,9 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         locked: room.locked || undefined,
         url: room.url,
       });
-      if (room.state !== undefined) write(relay, socket, room.state);
-      tellDraining(relay, socket);
-      if (old === undefined) announce(relay, room, { type: "peer_joined", index: mine.index, resumed }, socket);
+      if (room.state !== undefined) write(socket, room.state);
+      tellDraining(socket);
+      if (kind !== "replaced") announce(room, { type: "peer_joined", index: mine.index, resumed }, socket);
     },
   },
 
@@ -940,110 +1242,140 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
     parse(fields, frame) {
       const data = memberText(frame, "data");
       if (data === undefined) return badRequest("data is required");
-      return { ...fields, type: "send", data };
+      const to = parseTargets(fields.to);
+      if (to === null) return refuse("peer_not_found");
+      return { type: "send", data, to, echo: fields.echo === true };
     },
-    handle(relay, socket, { data, to, echo }, { index, room }) {
+    handle(socket, { data, to, echo }, { index, room }) {
       const frame = messageFrame(index, data);
-      if (to === undefined) return publish(relay, room, frame, echo === true ? undefined : socket);
-      if (!Array.isArray(to)) {
-        const target = isIndex(to) ? room.connected.get(to) : undefined;
-        if (target === undefined) return refuse("peer_not_found");
-        return write(relay, target, frame);
+      if (to === undefined) return publish(room, frame, echo === true ? undefined : socket);
+      if (typeof to === "number") {
+        const target = room.connected.get(to);
+        if (target !== undefined) return write(target, frame);
+        return refuse(room.slots.get(to)?.barred === false ? "peer_away" : "peer_not_found");
       }
-      const wanted = [...new Set(to)];
-      if (wanted.length < 1 || wanted.length > TARGETS || !wanted.every(isIndex)) return refuse("peer_not_found");
-      const found = wanted.flatMap((target) => room.connected.get(target) ?? []);
-      for (const target of found) write(relay, target, frame);
-      if (found.length === wanted.length) return;
-      const missing = wanted.filter((target) => !room.connected.has(target)).sort((a, b) => a - b);
-      return refuse("peer_not_found", missing);
+      const missing: number[] = [];
+      for (const each of to) {
+        const target = room.connected.get(each);
+        if (target === undefined) missing.push(each);
+        else write(target, frame);
+      }
+      if (missing.length > 0)
+        return refuse(
+          "peer_not_found",
+          missing.sort((a, b) => a - b),
+        );
     },
   },
 
   set_state: {
     who: "host",
-    act: "set state",
+    deed: "set state",
     parse(_, frame) {
       const data = memberText(frame, "data");
       if (data === undefined) return badRequest("State data is required");
       if (Buffer.byteLength(data) > STATE_BYTES) return refuse("state_too_large");
       return { type: "set_state", data };
     },
-    handle(relay, socket, { data }, { room }) {
+    handle(socket, { data }, { room }) {
       room.state = copyOf(stateFrame(data));
-      publish(relay, room, room.state, socket);
+      publish(room, room.state, socket);
     },
   },
 
   close_room: {
     who: "host",
-    act: "close the room",
+    deed: "close the room",
     parse: () => ({ type: "close_room" }),
-    handle: (relay, _, __, { room }) => closeRoom(relay, room, "room_closed"),
+    handle: (_, __, { room }) => closeRoom(room, "room_closed"),
   },
 
   set_room: {
     who: "host",
-    act: "change the room",
+    deed: "change the room",
     parse(fields, _, config) {
       const { locked, maxClients } = fields;
       if (locked !== undefined && typeof locked !== "boolean") return badRequest("locked must be true or false");
       const fault = maxClients === undefined ? undefined : maxClientsFault(fields, config);
       return fault ?? (fields as Message<"set_room">);
     },
-    handle(relay, _, { locked, maxClients }, { room }) {
+    handle(_, { locked, maxClients }, { room }) {
       room.locked = locked ?? room.locked;
       room.maxClients = maxClients ?? room.maxClients;
-      announce(relay, room, { type: "room", locked: room.locked, maxClients: room.maxClients });
+      announce(room, { type: "room", locked: room.locked, maxClients: room.maxClients });
     },
   },
 
   kick: {
     who: "host",
-    act: "kick",
+    deed: "kick",
     parse: ({ index }) => (isIndex(index) ? { type: "kick", index } : refuse("peer_not_found")),
-    handle(relay, _, { index }, { index: own, room }) {
+    handle(_, { index }, { index: own, room }) {
       if (index >= room.nextIndex) return refuse("peer_not_found");
       if (index === own) return badRequest("Cannot kick yourself");
-      const target = room.connected.get(index);
-      const slot = target?.data.slot ?? room.absent.values().find((gone) => gone.index === index);
+      const slot = room.slots.get(index);
       if (slot === undefined || slot.barred) return;
       slot.barred = true;
+      const target = room.connected.get(index);
       if (target === undefined) return;
-      depart(relay, target, slot, "kicked", "kicked");
-      hangUp(relay, target, CloseCode.KICKED, "kicked");
+      depart(target, slot, "kicked", "kicked");
+      hangUp(target, CloseCode.KICKED, "kicked");
     },
   },
 
   set_host: {
     who: "host",
-    act: "hand on the host's role",
+    deed: "hand on the host's role",
     parse: ({ index }) => (isIndex(index) ? { type: "set_host", index } : refuse("peer_not_found")),
-    handle(relay, _, { index }, { index: own, room }) {
+    handle(_, { index }, { index: own, room }) {
       if (!room.connected.has(index)) return refuse("peer_not_found");
       if (index === own) return;
       room.host = index;
-      announce(relay, room, { type: "host", index });
+      announce(room, { type: "host", index });
+    },
+  },
+
+  offer_slot: {
+    who: "member",
+    parse: ({ index }) => ({ type: "offer_slot", index: isIndex(index) || index === undefined ? index : -1 }), // -1: nobody's
+    handle(socket, { index }, { index: own, room }) {
+      const offered = index ?? own;
+      if (offered !== own && own !== room.host) return notHost("offer another's slot");
+      const slot = room.slots.get(offered);
+      if (slot === undefined || slot.barred) return refuse("peer_not_found");
+      const token = Buffer.from(crypto.getRandomValues(new Uint8Array(OFFER_BYTES))).toString("base64url");
+      slot.offer = { token, ends: room.relay.config.clock.now() + OFFER_MS };
+      say(socket, { type: "slot_offer", index: offered, token });
     },
   },
 
   leave: {
     who: "member",
     parse: () => ({ type: "leave" }),
-    handle(relay, socket, _, slot) {
-      say(relay, socket, { type: "left", room: slot.room.code }); // first: in a drain the last one's leaving ends the relay
-      depart(relay, socket, slot, "left", "left");
+    handle(socket, _, slot) {
+      say(socket, { type: "left", room: slot.room.code }); // first: in a drain the last one's leaving ends the relay
+      depart(socket, slot, "left", "left");
     },
   },
 
   ping: {
     who: "anyone",
-    parse: ({ t }) => ({ type: "ping", t: Number.isFinite(t) ? (t as number) : undefined }),
-    handle(relay, socket, { t }) {
-      say(relay, socket, { type: "pong", t, now: relay.config.clock.epoch() });
+    parse: ({ t }) => ({ type: "ping", t: typeof t === "number" && Number.isFinite(t) ? t : undefined }),
+    handle(socket, { t }) {
+      say(socket, { type: "pong", t, now: socket.data.relay.config.clock.epoch() });
     },
   },
 };
+
+/** The slot that a claim's token opens, if it still does. */
+function slotOffered(room: Room, token: string): Slot | undefined {
+  const now = room.relay.config.clock.now();
+  for (const slot of room.known.values())
+    if (slot.offer?.token === token) return slot.offer.ends > now && !slot.barred ? slot : undefined;
+  return undefined;
+}
+
+const isMessageType = (type: unknown): type is MessageType => typeof type === "string" && Object.hasOwn(MESSAGES, type);
 
 function parseObject(frame: string | Buffer): Fields | undefined {
   if (typeof frame !== "string") return undefined;
@@ -1055,52 +1387,363 @@ function parseObject(frame: string | Buffer): Fields | undefined {
   }
 }
 
-/** Does what one frame asks for; the only place that refuses on a socket. */
-function handle(relay: Relay, socket: Socket, frame: string | Buffer): void {
-  const refusal = perform(relay, socket, frame);
-  if (refusal === undefined) return;
-  const { message, code, missing } = refusal;
-  relay.errors[code]++;
-  say(relay, socket, { type: "error", message, code, missing });
-  if (code === "too_many_attempts") hangUp(relay, socket, CloseCode.TOO_MANY_ATTEMPTS, "too many attempts");
-}
-
-function perform(relay: Relay, socket: Socket, frame: string | Buffer): Refusal | void {
-  const { slot } = socket.data;
+function perform(socket: Socket, frame: string | Buffer): Outcome {
+  const { slot, relay } = socket.data;
   if (slot !== undefined && typeof frame === "string") {
-    const send = parsePlainSend(frame);
-    if (send !== undefined) return MESSAGES.send.handle(relay, socket, send, slot);
+    const send = parseUsualSend(frame);
+    if (send !== undefined) return MESSAGES.send.handle(socket, send, slot);
   }
   const fields = parseObject(frame);
   if (fields === undefined) return refuse("bad_json");
   const { type } = fields;
-  if (typeof type !== "string" || !Object.hasOwn(MESSAGES, type)) return refuse("unknown_type");
-  const row = MESSAGES[type as MessageType] as Row<MessageType>;
+  if (!isMessageType(type)) return refuse("unknown_type");
+  const row = MESSAGES[type] as Row<MessageType>;
   if (row.who !== "anyone" && slot === undefined) return refuse("not_in_room");
-  if (row.who === "host" && slot?.index !== slot?.room.host) return new Refusal("not_host", `Only the host can ${row.act}`);
+  if (row.who === "host" && slot?.index !== slot?.room.host) return notHost(row.deed);
   const message = row.parse(fields, frame as string, relay.config);
-  return message instanceof Refusal ? message : row.handle(relay, socket, message, slot as Slot);
+  return message instanceof Refusal ? message : row.handle(socket, message, slot as Slot);
 }
 
-// ---- Sockets: the rate of messages, dead peers, exceptions -----------------------------------------------
+/**
+ * Does what one frame asks for; the only place that refuses on a socket.
+ * @returns the flow that must have its turn first; then nothing was done
+ */
+function dispatch(socket: Socket, frame: string | Buffer): Flow | undefined {
+  const outcome = perform(socket, frame);
+  if (!(outcome instanceof Refusal)) return outcome ?? undefined;
+  const { message, code, missing } = outcome;
+  socket.data.relay.errors[code]++;
+  say(socket, { type: "error", message, code, missing });
+  if (code === "too_many_attempts") hangUp(socket, CloseCode.TOO_MANY_ATTEMPTS, "too many attempts");
+  return undefined;
+}
 
-function opened(relay: Relay, socket: Socket): void {
+// ---- Turns: who may send how much, and when the relay reads on -------------------------------------------
+
+/** What a socket may send in the long run: `rate` frames a second, and those of BURST_MS at once; 0 is unlimited. */
+class Bucket {
+  /** When it is full again (clock time): each frame taken moves that on by `1 / rate`. Only for comparing and sharing. */
+  fullAt = 0;
+  readonly #frameMs: number;
+
+  constructor(rate: number) {
+    this.#frameMs = rate === 0 ? 0 : 1000 / rate;
+  }
+
+  take(now: number): void {
+    this.fullAt = Math.max(this.fullAt, now) + this.#frameMs;
+  }
+
+  isEmpty(now: number): boolean {
+    return this.fullAt - now > BURST_MS - this.#frameMs;
+  }
+}
+
+/**
+ * One of those who share the relay: a room, or an address with its sockets that are in no room. What is beyond its share of a turn
+ * waits here, in order.
+ */
+class Flow {
+  /** Work that it may still do; below 0 it is a debt, which later turns pay off. */
+  credit = 0;
+  /** The turn of which `credit` is. */
+  turn = -1;
+  /** Sockets whose next frame waits for this flow; one frame of each in turn. */
+  readonly waiting = new Set<Socket>();
+  /** Who left the room while there was no credit to say so. They come before any frame. */
+  readonly farewells: ServerMessage[] = [];
+
+  constructor(readonly room?: Room) {}
+
+  get isBehind(): boolean {
+    return this.waiting.size > 0 || this.farewells.length > 0;
+  }
+}
+
+/**
+ * The turns of the event loop. In each one the relay reads all sockets that have something, and a frame is handled as it is read
+ * if its socket's bucket has a token and its flow has credit. Else the frame waits in the socket's queue, and the socket is
+ * paused, so that the sender's system holds back the rest. As long as something waits, one turn follows the other; each begins
+ * with what waits: flows in rotation, each for its share of the turn's work (deficit round robin).
+ *
+ * With nothing waiting, a relay that is busy ends its turn with a rest: it blocks for a moment, so that more frames are
+ * there to be read, and to be sent, together. That saves most of what waking up for each one costs.
+ */
+class Turns {
+  /** Units of work done so far. Frames out add what they deliver. */
+  work = 0;
+  readonly #config: Config;
+  readonly #relay: Relay;
+  #turn = 0;
+  #isUnderWay = false;
+  #begunAt = 0;
+  /** The work that one flow may do in this turn. */
+  #share = TURN_WORK;
+  /** Flows that had a frame in this turn. */
+  #flows = 0;
+  /** Whether this turn had its one frame that is larger than a share. */
+  #hadLarge = false;
+  /** The flow that the frame in hand is charged to. */
+  #payer: Flow | undefined;
+  /** Flows that are behind, in rotation. */
+  readonly #behind = new Set<Flow>();
+  /** Sockets whose bucket was empty. */
+  readonly #empty = new Set<Socket>();
+  #cancelRefill: (() => void) | undefined;
+  #isBusy = false;
+  /** The work until `#rateSince`. */
+  #rateFrom = 0;
+  #rateSince = 0;
+
+  constructor(config: Config, relay: Relay) {
+    this.#config = config;
+    this.#relay = relay;
+  }
+
+  /** Takes a frame that was read: handles it, or lets it wait. */
+  received(socket: Socket, frame: string | Buffer, now: number): void {
+    const session = socket.data;
+    if (session.queue !== undefined) return void session.queue.push(frame);
+    if (!this.#isUnderWay) this.#begin(now);
+    const { flow } = session;
+    if (!flow.isBehind && this.#mayHandle(flow, frame)) this.#handle(socket, frame, flow, now);
+    else this.#wait(socket, frame, flow);
+  }
+
+  /** Takes a token for what isn't a frame of ours: a ping, or a pong that nobody asked for. */
+  takeToken(socket: Socket, now: number): void {
+    const session = socket.data;
+    session.bucket.take(now);
+    if (session.queue !== undefined || !session.bucket.isEmpty(now) || socket.readyState !== WebSocket.OPEN) return;
+    this.#pause(socket);
+    this.#waitForToken(socket);
+    capReached(this.#relay, "messages per second");
+  }
+
+  /** Whether a joiner finds a room whose members know who left, and which has credit. */
+  isUpToDate(flow: Flow): boolean {
+    return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
+  }
+
+  /** Charges the frame in hand to another flow than its socket's. */
+  charge(flow: Flow): void {
+    this.#payer = flow;
+  }
+
+  /** Tells a room's members who left, within the room's share. */
+  farewell(room: Room, message: ServerMessage): void {
+    const { flow } = room;
+    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
+    if (!flow.isBehind && this.#hasCredit(flow)) return this.#sayFarewell(room, message);
+    flow.farewells.push(message);
+    this.#behind.add(flow);
+  }
+
+  /** Lets go of a room that is over. Who waited to join it is told so. */
+  disband(flow: Flow): void {
+    flow.farewells.length = 0;
+    this.#behind.delete(flow);
+    for (const socket of flow.waiting) this.#enqueue(socket, socket.data.flow);
+    flow.waiting.clear();
+  }
+
+  /** Forgets the frames of a socket that wait. */
+  discard(socket: Socket): void {
+    const session = socket.data;
+    session.queue = undefined;
+    session.waitsFor?.waiting.delete(socket);
+    session.waitsFor = undefined;
+    session.goodbye?.cancel();
+    session.goodbye = undefined;
+    this.#empty.delete(socket);
+  }
+
+  /**
+   * Lets the frames that wait be handled before a socket that closed properly is gone.
+   * @param leave what ends it: called at once if nothing waits, else after the last frame, or after GOODBYE_MS
+   */
+  sayGoodbye(socket: Socket, leave: () => void): void {
+    const session = socket.data;
+    if (session.queue === undefined || session.queue.length === 0) return leave();
+    session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave) };
+  }
+
+  #begin(now: number): void {
+    this.#turn++;
+    this.#isUnderWay = true;
+    this.#begunAt = now;
+    this.#hadLarge = false;
+    this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
+    this.#flows = 0;
+    setImmediate(() => this.#end());
+  }
+
+  /** What has arrived is read. What waits gets its share in the next turn, which begins at once. */
+  #end(): void {
+    const now = this.#config.clock.now();
+    this.#isUnderWay = false;
+    this.#relay.memory.lookIfMuchWasSent(this.work);
+    if (this.#behind.size === 0) return this.#restIfBusy(now);
+    this.#begin(now);
+    const enough = this.work + TURN_WORK;
+    for (const flow of [...this.#behind]) {
+      if (this.work >= enough) break;
+      this.#serve(flow, now);
+      this.#behind.delete(flow);
+      if (flow.isBehind) this.#behind.add(flow);
+    }
+  }
+
+  /** Handles what waits for a flow, for its share. */
+  #serve(flow: Flow, now: number): void {
+    while (flow.room !== undefined && this.#hasCredit(flow)) {
+      const farewell = flow.farewells.shift();
+      if (farewell === undefined) break;
+      this.#sayFarewell(flow.room, farewell);
+    }
+    if (flow.farewells.length > 0) return;
+    for (;;) {
+      const socket = first(flow.waiting);
+      const [frame] = socket?.data.queue ?? [];
+      if (socket === undefined || frame === undefined || !this.#mayHandle(flow, frame)) return;
+      flow.waiting.delete(socket);
+      socket.data.waitsFor = undefined;
+      socket.data.queue?.shift();
+      this.#handle(socket, frame, flow, now);
+      this.#goOn(socket, now);
+    }
+  }
+
+  #sayFarewell(room: Room, message: ServerMessage): void {
+    const before = this.work;
+    announce(room, message);
+    room.flow.credit -= this.work - before;
+  }
+
+  #hasCredit(flow: Flow): boolean {
+    if (flow.turn !== this.#turn) {
+      flow.credit = Math.min(this.#share, flow.credit + this.#share * (this.#turn - flow.turn));
+      flow.turn = this.#turn;
+      this.#flows++;
+    }
+    return flow.credit > 0;
+  }
+
+  /** Whether a flow has credit for a frame. One that may cost more than a share is let through once in a turn. */
+  #mayHandle(flow: Flow, frame: string | Buffer): boolean {
+    if (!this.#hasCredit(flow)) return false;
+    const receivers = flow.room?.connected.size ?? 1;
+    if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
+    if (this.#hadLarge) return false;
+    this.#hadLarge = true;
+    if (flow.room !== undefined) this.#relay.memory.makeWay(flow.room, frame.length);
+    return true;
+  }
+
+  #handle(socket: Socket, frame: string | Buffer, flow: Flow, now: number): void {
+    const before = this.work++;
+    let waitsFor: Flow | undefined;
+    this.#payer = flow;
+    try {
+      waitsFor = dispatch(socket, frame);
+    } catch (error) {
+      crashed(socket, error);
+    }
+    this.#payer.credit -= this.work - before;
+    this.#payer = undefined;
+    if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
+    this.takeToken(socket, now);
+  }
+
+  /** Lets a frame wait, before those of its socket that wait already. */
+  #wait(socket: Socket, frame: string | Buffer, flow: Flow): void {
+    if (socket.data.queue === undefined) this.#pause(socket);
+    socket.data.queue?.unshift(frame);
+    this.#enqueue(socket, flow);
+  }
+
+  #pause(socket: Socket): void {
+    socket.data.queue = [];
+    socket.pause();
+    this.#relay.pausedTotal++;
+  }
+
+  #enqueue(socket: Socket, flow: Flow): void {
+    socket.data.waitsFor = flow;
+    flow.waiting.add(socket);
+    this.#behind.add(flow);
+    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
+  }
+
+  /** What is next for a paused socket that had a frame handled, or has a token again. */
+  #goOn(socket: Socket, now: number): void {
+    const session = socket.data;
+    const { queue, goodbye } = session;
+    if (queue === undefined || session.waitsFor !== undefined) return; // it ended, or waits for the room that it joins
+    if (queue.length === 0 && goodbye !== undefined) goodbye.leave();
+    else if (session.bucket.isEmpty(now)) this.#waitForToken(socket);
+    else if (queue.length > 0) this.#enqueue(socket, session.flow);
+    else {
+      session.queue = undefined;
+      heard(socket, now);
+      socket.resume();
+    }
+  }
+
+  #waitForToken(socket: Socket): void {
+    this.#empty.add(socket);
+    this.#cancelRefill ??= this.#config.clock.after(REFILL_MS, () => this.#refill());
+  }
+
+  #refill(): void {
+    this.#cancelRefill = undefined;
+    const now = this.#config.clock.now();
+    const waiting = [...this.#empty];
+    this.#empty.clear();
+    for (const socket of waiting) this.#goOn(socket, now);
+  }
+
+  #restIfBusy(now: number): void {
+    const elapsed = now - this.#rateSince;
+    if (elapsed >= REST_WINDOW_MS) {
+      this.#isBusy = this.work - this.#rateFrom > elapsed * REST_ABOVE;
+      this.#rateFrom = this.work;
+      this.#rateSince = now;
+    }
+    if (this.#isBusy && now - this.#begunAt < LONG_TURN_MS) this.#config.clock.rest(REST_MS);
+  }
+}
+
+// ---- Liveness: sockets come and go, dead ones are found, exceptions end one -------------------------------
+
+function opened(socket: Socket): void {
+  const session = socket.data;
+  const { relay } = session;
   const { clock, maxConnections } = relay.config;
   relay.sockets.add(socket);
-  socket.data.origin = useOrigin(relay, socket.data.originName);
-  if (relay.ending) return hangUp(relay, socket, CloseCode.RESTARTING, "restarting");
+  session.home = addressOf(relay, session.address);
+  session.home.sockets.add(socket);
+  session.flow = session.home.flow;
+  session.origin = useOrigin(relay, session.originName);
+  session.heardAt = clock.now();
+  if (relay.stage.name === "ended") return hangUp(socket, CloseCode.RESTARTING, "restarting");
   relay.cancelIdle();
   relay.connectionsTotal++;
-  socket.data.origin.connections++;
-  socket.data.heardAt = clock.now();
+  session.origin.connections++;
+  if (relay.memory.isShort) return turnAway(socket, "memory");
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
-    capReached(relay, "connections");
-    relay.errors.capacity++;
-    const victim = first(relay.roomless.values()) ?? socket;
-    hangUp(relay, victim, CloseCode.SERVER_FULL, "server full");
+    const victim = first(relay.roomless) ?? socket;
+    turnAway(victim, "connections");
     if (victim === socket) return;
   }
   relay.roomless.add(socket);
+}
+
+function turnAway(socket: Socket, cap: string): void {
+  const { relay } = socket.data;
+  capReached(relay, cap);
+  relay.errors.capacity++;
+  hangUp(socket, CloseCode.SERVER_FULL, "server full");
 }
 
 function heard(socket: Socket, now: number): void {
@@ -1110,88 +1753,53 @@ function heard(socket: Socket, now: number): void {
   if (session.slot !== undefined) session.heardBytes = session.slot.room.published;
 }
 
-function received(relay: Relay, socket: Socket, frame: string | Buffer): void {
-  const session = socket.data;
-  heard(socket, relay.config.clock.now());
-  restIfBusy(relay, session.heardAt);
+function received(socket: Socket, frame: string | Buffer): void {
+  const { relay } = socket.data;
+  const now = relay.config.clock.now();
+  heard(socket, now);
   relay.messagesIn++;
   relay.bytesIn += Buffer.byteLength(frame);
-  if (session.queue !== undefined) session.queue.push(frame);
-  else {
-    takeToken(relay, socket);
-    handle(relay, socket, frame);
-  }
+  relay.turns.received(socket, frame, now);
 }
 
-/**
- * Takes a token from the socket's bucket, and pauses the socket where that was the last one. A paused one goes into debt, by
- * one read at most.
- */
-function takeToken(relay: Relay, socket: Socket): void {
-  const { maxMessagesPerSecond: rate } = relay.config;
-  if (rate === 0) return;
+/** A ping from the other side. Bun answers it; that costs a frame. */
+function pinged(socket: Socket): void {
+  const { relay } = socket.data;
+  const now = relay.config.clock.now();
+  heard(socket, now);
+  relay.turns.takeToken(socket, now);
+}
+
+function ponged(socket: Socket): void {
   const session = socket.data;
-  session.refilledAt = Math.max(session.refilledAt, session.heardAt) + 1000 / rate;
-  if (session.queue !== undefined || hasToken(session, rate, session.heardAt)) return;
-  session.queue = [];
-  socket.pause();
-  relay.paused.add(socket);
-  relay.pausedTotal++;
-  capReached(relay, "messages per second");
-  armRefill(relay);
+  const now = session.relay.config.clock.now();
+  const isAnswer = session.unanswered > 0;
+  heard(socket, now);
+  if (!isAnswer) session.relay.turns.takeToken(socket, now);
 }
 
-/** The bucket is full at `refilledAt`; until then a token is missing for every 1/rate s. */
-const hasToken = (session: Session, rate: number, now: number) => session.refilledAt - now <= ((BURST * rate - 1) * 1000) / rate;
-
-function armRefill(relay: Relay): void {
-  relay.cancelRefill ??= relay.config.clock.after(REFILL_MS, () => {
-    relay.cancelRefill = undefined;
-    for (const socket of [...relay.paused]) refill(relay, socket);
-    if (relay.paused.size > 0) armRefill(relay);
-  });
-}
-
-/** Handles as many of a paused socket's frames as its bucket has tokens, and resumes it after the last. */
-function refill(relay: Relay, socket: Socket): void {
-  const { clock, maxMessagesPerSecond: rate } = relay.config;
-  const session = socket.data;
-  const now = clock.now();
-  while (session.queue !== undefined && hasToken(session, rate, now)) {
-    const frame = session.queue.shift();
-    if (frame === undefined) {
-      session.queue = undefined;
-      relay.paused.delete(socket);
-      heard(socket, now);
-      socket.resume();
-    } else {
-      session.refilledAt = Math.max(session.refilledAt, now) + 1000 / rate;
-      guarded(relay, socket, () => handle(relay, socket, frame));
-    }
-  }
-}
-
-function closed(relay: Relay, socket: Socket, code: number): void {
-  const session = socket.data;
+/** A socket is closed. If the other side did so properly, what it had sent before is handled first. */
+function closed(socket: Socket, code: number): void {
+  const { relay, home } = socket.data;
   relay.sockets.delete(socket);
-  relay.paused.delete(socket);
-  // The queue is still there where the other side closed: what was sent before arrives, up to a frame that ends the socket.
-  while (session.queue !== undefined && session.queue.length > 0) {
-    const frame = session.queue.shift() as string | Buffer;
-    guarded(relay, socket, () => handle(relay, socket, frame));
-  }
-  session.queue = undefined;
-  const { slot } = session;
-  if (slot !== undefined) {
-    const { maxBufferedBytes } = relay.config;
-    // A cut for backpressure reads as 1006 like any loss; who let a whole buffer pass unheard was too slow.
-    const behind = slot.room.published - session.heardBytes;
-    const slow = code === 1006 && maxBufferedBytes !== 0 && behind >= maxBufferedBytes;
-    if (slow) capReached(relay, "buffered bytes");
-    depart(relay, socket, slot, slow ? "slow" : code === 1006 ? "lost" : "left");
-  }
   relay.roomless.delete(socket);
+  home.sockets.delete(socket);
+  releaseAddress(relay, home);
+  if (code === NO_CLOSE_FRAME) gone(socket, code);
+  else relay.turns.sayGoodbye(socket, () => gone(socket, code));
   watchIdle(relay);
+}
+
+function gone(socket: Socket, code: number): void {
+  const { relay, slot, heardBytes, cut } = socket.data;
+  relay.turns.discard(socket);
+  if (slot === undefined) return;
+  const { maxBufferedBytes } = relay.config;
+  // Bun reports a cut for backpressure like any loss; who let a whole buffer pass unheard was too slow.
+  const isBehind = maxBufferedBytes !== 0 && slot.room.published - heardBytes >= maxBufferedBytes;
+  if (code !== NO_CLOSE_FRAME) return depart(socket, slot, "left");
+  if (isBehind && !cut) capReached(relay, "buffered bytes");
+  depart(socket, slot, isBehind || cut ? "slow" : "lost");
 }
 
 /** Pings who has been quiet, and cuts who answered nothing for two sweeps: a dead phone sends no FIN. */
@@ -1204,24 +1812,14 @@ function sweep(relay: Relay): void {
     if (session.unanswered === 2) socket.terminate();
     session.unanswered++;
   }
-  for (const [address, { until }] of relay.misses) {
-    if (until > now) break; // in the order of their windows
-    relay.misses.delete(address);
-  }
-  for (const [code, until] of relay.missing) if (until <= now) relay.missing.delete(code);
+  relay.lookUpMisses.sweep();
+  relay.socketMisses.sweep();
+  relay.searches.sweep();
 }
 
-function guarded(relay: Relay, socket: Socket, run: () => void): void {
-  try {
-    run();
-  } catch (error) {
-    crashed(relay, socket, error);
-  }
-}
-
-function crashed(relay: Relay, socket: Socket, error: unknown): void {
-  reportException(relay, error);
-  hangUp(relay, socket, CloseCode.INTERNAL_ERROR, "internal error");
+function crashed(socket: Socket, error: unknown): void {
+  reportException(socket.data.relay, error);
+  hangUp(socket, CloseCode.INTERNAL_ERROR, "internal error");
 }
 
 /** Logs where an exception came from. Its message is left out: it may quote what a client sent. */
@@ -1235,20 +1833,115 @@ function reportException(relay: Relay, error: unknown): void {
   });
 }
 
-function repeat(relay: Relay, ms: number, run: () => void): void {
+/** Runs something again and again until the relay has ended. @param run says in how many ms it wants to run next */
+function repeat(relay: Relay, ms: number, run: () => number): void {
   relay.config.clock.after(ms, () => {
-    if (relay.ending) return;
+    if (relay.stage.name === "ended") return;
+    let next = ms;
     try {
-      run();
+      next = run();
     } finally {
-      repeat(relay, ms, run);
+      repeat(relay, next, run);
     }
   });
 }
 
+// ---- Memory: one bound for the whole process --------------------------------------------------------------
+
+/**
+ * Keeps the process below its memory. Unfinished messages raise no event and are in no figure but that of the whole process, so
+ * it looks as often as one core could fill what is left. Above the limit it cuts what covers the excess, and waits for
+ * the effect before it cuts for the same excess again.
+ */
+class Memory {
+  /** Newcomers are turned away. */
+  isShort = false;
+  readonly #relay: Relay;
+  /** What the process needs by itself. */
+  readonly #base: number;
+  /** What was cut, and the time (clock) until which that may still be in the figure. */
+  #cuts: { bytes: number; until: number }[] = [];
+  #collectedAt = -Infinity;
+  #lookedAtWork = 0;
+
+  constructor(relay: Relay) {
+    this.#relay = relay;
+    this.#base = relay.config.memory();
+    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.#look());
+  }
+
+  /** Looks if the frames sent since the last look may have filled a tenth of a small container. */
+  lookIfMuchWasSent(work: number): void {
+    if ((work - this.#lookedAtWork) * WORK_BYTES > 16 * MIB) this.#look();
+  }
+
+  /** Before a large frame goes to a room: what can't leave at once has to fit. @param bytes of the frame */
+  makeWay(room: Room, bytes: number): void {
+    let kept = 0;
+    for (const socket of room.connected.values()) if (socket.getBufferedAmount() > 0) kept += bytes;
+    if (kept > 0) this.#look(kept);
+  }
+
+  /** @returns in how many ms to look again */
+  #look(expected = 0): number {
+    const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
+    if (limit === 0) return LOOK_MOST_MS;
+    const now = clock.now();
+    let used = memory();
+    if (used + expected > limit && now >= this.#collectedAt + EFFECT_MS) {
+      this.#collectedAt = now;
+      Bun.gc(true); // garbage is nobody's
+      used = memory();
+    }
+    this.isShort = used > limit;
+    this.#lookedAtWork = this.#relay.turns.work;
+    this.#cuts = this.#cuts.filter(({ until }) => until > now);
+    const excess = used + expected - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
+    if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
+    return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
+  }
+
+  /** Cuts until an excess is covered. @returns how many bytes that should free */
+  #cut(excess: number, used: number): number {
+    const relay = this.#relay;
+    let freed = 0;
+    const cut = (socket: Socket, bytes: number) => {
+      freed += bytes;
+      socket.data.cut = true;
+      socket.terminate();
+    };
+    capReached(relay, "memory");
+    for (let rooms = lingeringOfTheMost(relay); rooms.length > 0; rooms = lingeringOfTheMost(relay))
+      for (const room of rooms) {
+        if (freed >= excess) return freed;
+        freed += ROOM_BYTES + (room.state?.length ?? 0) + SLOT_BYTES * room.known.size;
+        dropRoom(room);
+      }
+    const unsent = [...relay.sockets].map((socket) => ({ socket, bytes: socket.getBufferedAmount() }));
+    for (const { socket, bytes } of unsent.sort((a, b) => b.bytes - a.bytes)) {
+      if (freed >= excess) return freed;
+      if (bytes <= UNSENT_BYTES) break;
+      cut(socket, bytes);
+    }
+    const each = Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
+    for (const socket of [...relay.roomless]) {
+      if (freed >= excess) return freed;
+      cut(socket, each);
+    }
+    while (freed < excess && relay.sockets.size > 0) {
+      const [most] = [...relay.addresses.values()].sort((a, b) => b.sockets.size - a.sockets.size);
+      for (const socket of [...(most?.sockets ?? [])]) {
+        if (freed >= excess) return freed;
+        cut(socket, each);
+      }
+    }
+    return freed;
+  }
+}
+
 // ---- Misses: guessing codes is bounded by address --------------------------------------------------------
 
-/** What an address counts as: an IPv6 address as its /64, an IPv4-mapped one as IPv4; undefined where it is none. */
+/** What an address counts as: an IPv6 address as its /56, an IPv4-mapped one as IPv4; undefined if it is none. */
 export function addressKey(text: string): string | undefined {
   const address = text.trim().replace(/%.*$/, "");
   if (isIP(address) !== 6) return isIP(address) === 4 ? copyOf(address) : undefined; // not a slice of the whole header
@@ -1265,79 +1958,94 @@ export function addressKey(text: string): string | undefined {
   const groups = [...head, ...Array<number>(8 - head.length - tail.length).fill(0), ...tail];
   const [high = 0, low = 0] = groups.slice(6);
   if (groups.slice(0, 6).join() === "0,0,0,0,0,65535") return [high >> 8, high & 255, low >> 8, low & 255].join(".");
-  const network = groups.slice(0, 4).map((group) => group.toString(16));
-  return `${network.join(":")}::/64`;
+  const [a = 0, b = 0, c = 0, d = 0] = groups;
+  return `${[a, b, c, d & 0xff00].map((group) => group.toString(16)).join(":")}::/56`;
 }
 
-/** `addressKey`, which a whole party that arrives from one address costs once: 8 % of connecting. */
-function knownKey(relay: Relay, text: string): string | undefined {
-  if (relay.lastAddress.text !== text) relay.lastAddress = { text, key: addressKey(text) };
-  return relay.lastAddress.key;
-}
+/** The codes and claims that weren't there, by the address that asked for them. */
+class Misses {
+  readonly #config: Config;
+  /** In the order of their ends. */
+  readonly #minutes = new Map<string, { count: number; readonly ends: number }>();
 
-/** Counts a miss, or none where `count` is 0. @returns whether the address is over the limit */
-function miss(relay: Relay, address: string, count = 1): boolean {
-  const { clock, maxMissesPerMinute } = relay.config;
-  if (maxMissesPerMinute === 0) return false;
-  const now = clock.now();
-  let entry = relay.misses.get(address);
-  if (entry === undefined || entry.until <= now) {
-    entry = { count: 0, until: now + MISS_WINDOW_MS };
-    relay.misses.delete(address); // and last in the order again
-    relay.misses.set(address, entry);
-    if (relay.misses.size > ADDRESSES) relay.misses.delete(first(relay.misses.keys()) as string);
+  constructor(config: Config) {
+    this.#config = config;
   }
-  entry.count += count;
-  if (entry.count <= maxMissesPerMinute) return false;
-  capReached(relay, "misses");
-  return true;
+
+  /** Whether an address has used up its minute. To be asked before anything is looked up for it. */
+  isOver(address: string): boolean {
+    const { clock, maxMissesPerMinute: most } = this.#config;
+    const minute = this.#minutes.get(address);
+    return most !== 0 && minute !== undefined && minute.count >= most && minute.ends > clock.now();
+  }
+
+  add(address: string): void {
+    const now = this.#config.clock.now();
+    const minute = this.#minutes.get(address);
+    if (minute !== undefined && minute.ends > now) return void minute.count++;
+    this.#minutes.delete(address); // it is the last in the order now
+    this.#minutes.set(address, { count: 1, ends: now + MISS_WINDOW_MS });
+    if (this.#minutes.size > ADDRESSES) dropFirst(this.#minutes);
+  }
+
+  /** Forgets minutes that are over. */
+  sweep(): void {
+    const now = this.#config.clock.now();
+    for (const [address, { ends }] of this.#minutes) {
+      if (ends > now) break;
+      this.#minutes.delete(address);
+    }
+  }
 }
 
-/** Whether an address has missed so often that every look-up of it is refused before looking. */
-function lockedOut(relay: Relay, address: string): boolean {
-  const { clock, maxMissesPerMinute } = relay.config;
-  const entry = relay.misses.get(address);
-  return entry !== undefined && entry.until > clock.now() && entry.count > LOCKOUT * maxMissesPerMinute;
-}
+// ---- Routing: which machine answers ------------------------------------------------------------------------
 
-// ---- Routing and siblings: which machine answers ---------------------------------------------------------
-
-/** What `route` decides by. */
-export type Asked = {
-  /** The request's path, and its query with the `?` or empty. */
+/** A request, as `route` sees it. */
+export type Incoming = {
+  /** The request's path. */
   path: string;
+  /** Its query with the `?`, or empty. */
   query: string;
   /** Whether it asks for a WebSocket. */
   upgrade: boolean;
-  /** It has been replayed once already (`fly-replay-src` or `fly-replay-failed`). */
+  /** It was sent on to here. */
   replayed: boolean;
-  /** A replay of it came back (`fly-replay-failed`). */
+  /** It was sent on from here, and came back. */
   failed: boolean;
   /** A sibling asks. */
   probe: boolean;
 };
 
-/** The form of a machine's id; one of another form could say more in a header than it should: `;app=other`. */
-const MACHINE_ID = /^[\w-]{1,64}$/;
-
 /** Where a request is answered. */
-export type Route = "here" | { redirect: string } | { instance: string } | { region: string } | { searchSiblings: string };
+export type Route = "here" | { redirect: string } | Target | { searchSiblings: string };
 
 /** What follows `/room/` in a path, as it stands there. */
 const lookedUp = (path: string): string | undefined => /^\/room\/([^/]+)$/.exec(path)?.[1];
+
+/** The room that a path asks for: `/room/CODE`, and `/CODE` if such codes are routed. */
+function codeIn(path: string, cluster: Cluster | undefined): string | undefined {
+  const code = path.slice(1);
+  return lookedUp(path) ?? (cluster?.regionOf(code) === undefined ? undefined : code);
+}
+
+/** The machine that a query pins, if it can be one. */
+function pinIn(query: string, cluster: Cluster | undefined): string | undefined {
+  const pin = new URLSearchParams(query).get("instance");
+  return pin !== null && cluster?.isMachine(pin) ? pin : undefined;
+}
 
 /**
  * Decides which machine answers. Headers that a client can forge only ever suppress a replay.
  * @param hasRoom whether this machine has the room of a code
  */
 export function route(
-  { path, query, upgrade, replayed, failed, probe }: Asked,
-  { flyApp, flyRegion, instance }: Pick<Config, "flyApp" | "flyRegion" | "instance">,
+  { path, query, upgrade, replayed, failed, probe }: Incoming,
+  { cluster, instance }: Pick<Config, "cluster" | "instance">,
   hasRoom: (code: string) => boolean,
 ): Route {
-  if (flyApp === undefined) return "here";
-  const pin = new URLSearchParams(query).get("instance");
-  if (pin !== null && MACHINE_ID.test(pin) && pin !== instance) {
+  if (cluster === undefined) return "here";
+  const pin = pinIn(query, cluster);
+  if (pin !== undefined && pin !== instance) {
     if (!replayed) return { instance: pin };
     if (upgrade) return "here"; // its join says what is wrong
     const rest = query
@@ -1348,67 +2056,159 @@ export function route(
     return { redirect: rest.length > 0 ? `${target}?${rest.join("&")}` : target };
   }
   if (path === "/health" || path === "/metrics" || probe) return "here";
-  const code = lookedUp(path) ?? path.slice(1);
-  const region = flyRegion === undefined ? undefined : regionOf(code);
-  if (region === undefined || failed || hasRoom(code)) return "here";
-  if (region === flyRegion) return { searchSiblings: code };
+  const code = codeIn(path, cluster);
+  const region = code === undefined ? undefined : cluster.regionOf(code);
+  if (code === undefined || region === undefined || failed || hasRoom(code)) return "here";
+  if (region === cluster.region) return { searchSiblings: code };
   return replayed ? "here" : { region };
 }
 
-/** Sends a request on to where it belongs. The only thing to swap for another platform. */
-function replay(relay: Relay, outcome: (typeof REPLAYS)[number], target: string): Response {
+/** The form of a machine's id on Fly.io. */
+const MACHINE_ID = /^[\w-]{1,64}$/;
+/** The form of a peer's id. */
+const PEER_ID = /^[\w.-]{1,64}$/;
+
+/** Fly.io: a header in the answer makes its proxy send the request on. */
+export function flyCluster(region: string | undefined, siblings: Siblings): Cluster {
+  return {
+    region: region ?? "",
+    regionOf: (code) => (region === undefined ? undefined : regionOf(code)),
+    isMachine: (id) => MACHINE_ID.test(id),
+    replayedHeader: "fly-replay-src",
+    failedHeader: "fly-replay-failed",
+    replay(target) {
+      const [[kind, name] = ["", ""]] = Object.entries(target);
+      return reply(409, "", { "fly-replay": `${kind}=${name};timeout=5s;fallback=force_self` });
+    },
+    siblings,
+    triesNext: false,
+  };
+}
+
+/** Peers behind nginx, which are one region: a header in the answer makes nginx ask the named location inside. */
+export function nginxCluster(ids: ReadonlySet<string>, siblings: Siblings): Cluster {
+  return {
+    region: "",
+    regionOf: (code) => (isCode(code) ? "" : undefined),
+    isMachine: (id) => ids.has(id),
+    replayedHeader: "x-relay-src",
+    failedHeader: "x-relay-failed",
+    replay: (target) => reply(200, "", { "X-Accel-Redirect": `/@relay/${"instance" in target ? target.instance : ""}` }),
+    siblings,
+    triesNext: true,
+  };
+}
+
+/** Sends a request on to where it belongs. */
+function sendOn(relay: Relay, cluster: Cluster, outcome: (typeof REPLAYS)[number], target: Target): Response {
   relay.replays[outcome]++;
-  return reply(409, "", { "fly-replay": `${target};timeout=5s;fallback=force_self` });
+  return cluster.replay(target);
 }
 
-/**
- * Looks for a room on the siblings; all of them are asked at once, and the first that has it ends the search.
- * @returns the sibling's id, undefined where none said yes within SEARCH_MS, or "busy" where too many searches run
- */
-function search(relay: Relay, code: string, address: string): Promise<string | undefined> | "busy" {
-  const { siblings, clock } = relay.config;
-  const missingUntil = relay.missing.get(code);
-  if (siblings === undefined || (missingUntil ?? 0) > clock.now()) return Promise.resolve(undefined);
-  const running = relay.searches.get(code);
-  if (running !== undefined) return running.result;
-  const own = relay.searches.values().reduce((n, other) => n + (other.address === address ? 1 : 0), 0);
-  if (relay.searches.size >= SEARCHES || own >= SEARCHES_PER_ADDRESS) {
-    capReached(relay, "searches");
-    return "busy";
+/** Searches for rooms among the siblings. */
+class Searches {
+  readonly #relay: Relay;
+  readonly #running = new Map<string, { readonly address: string; readonly result: Promise<string | undefined> }>();
+  /** Codes that every sibling said it doesn't have, and until when that is believed (clock time). */
+  readonly #nowhere = new Map<string, number>();
+  #probes = 0;
+  /** Probes that wait for one of the PROBES_AT_ONCE to end. */
+  readonly #waiting = new Set<() => void>();
+
+  constructor(relay: Relay) {
+    this.#relay = relay;
   }
-  const result = askSiblings(relay, siblings, code).finally(() => relay.searches.delete(code));
-  relay.searches.set(code, { address, result });
-  return result;
-}
 
-async function askSiblings(relay: Relay, siblings: Siblings, code: string): Promise<string | undefined> {
-  const { clock } = relay.config;
-  const abort = new AbortController();
-  const { promise: found, resolve: finish } = Promise.withResolvers<string | undefined>();
-  let confirmed = false;
-  const ask = async (id: string): Promise<boolean> => {
-    const has = await siblings.has(id, code, abort.signal).catch(() => undefined);
-    if (abort.signal.aborted) return false;
-    relay.probes[has === undefined ? "failed" : has ? "found" : "missing"]++;
+  /**
+   * Looks for a room: all siblings are asked at once, and the first that has it ends the search.
+   * @param address who wants to know
+   * @returns the sibling's id, undefined if none said yes within SEARCH_MS, or "busy" if too many searches run
+   */
+  find(code: string, address: string, siblings: Siblings): Promise<string | undefined> | "busy" {
+    const running = this.#running.get(code);
+    if (running !== undefined) return running.result;
+    if ((this.#nowhere.get(code) ?? 0) > this.#relay.config.clock.now()) return Promise.resolve(undefined);
+    const own = this.#running.values().reduce((n, search) => n + (search.address === address ? 1 : 0), 0);
+    if (this.#running.size >= SEARCHES || own >= SEARCHES_PER_ADDRESS) {
+      capReached(this.#relay, "searches");
+      return "busy";
+    }
+    const result = this.#search(code, siblings).finally(() => this.#running.delete(code));
+    this.#running.set(code, { address, result });
+    return result;
+  }
+
+  /** Forgets what isn't believed any more. */
+  sweep(): void {
+    const now = this.#relay.config.clock.now();
+    for (const [code, until] of this.#nowhere) if (until <= now) this.#nowhere.delete(code);
+  }
+
+  async #search(code: string, siblings: Siblings): Promise<string | undefined> {
+    const { clock } = this.#relay.config;
+    const abort = new AbortController();
+    const { promise: found, resolve: finish } = Promise.withResolvers<string | undefined>();
+    let isNowhere = false;
+    const askAll = async () => {
+      const ids = await siblings.list(abort.signal);
+      const answers = await Promise.all(ids.map((id) => this.#probe(siblings, id, code, abort.signal, finish)));
+      isNowhere = answers.every((has) => has === false);
+      finish(undefined);
+    };
+    const cancelLate = clock.after(SEARCH_MS, () => finish(undefined));
+    askAll().catch(() => finish(undefined)); // without DNS there are only local rooms
+    const id = await found;
+    cancelLate();
+    abort.abort();
+    if (id === undefined && isNowhere) {
+      this.#nowhere.delete(code);
+      this.#nowhere.set(copyOf(code), clock.now() + NOWHERE_MS);
+      if (this.#nowhere.size > NOWHERE_CODES) dropFirst(this.#nowhere);
+    }
+    return id;
+  }
+
+  /** Asks one sibling, when it is this request's turn. @returns undefined if it didn't say, or the search is over */
+  async #probe(siblings: Siblings, id: string, code: string, signal: AbortSignal, finish: (id: string) => void) {
+    if (this.#probes >= PROBES_AT_ONCE) await this.#place(signal);
+    if (signal.aborted) return undefined;
+    this.#probes++;
+    const has = await siblings.has(id, code, signal).catch(() => undefined);
+    this.#probes--;
+    const next = first(this.#waiting);
+    if (next !== undefined) {
+      this.#waiting.delete(next);
+      next();
+    }
+    if (signal.aborted) return undefined;
+    this.#relay.probes[has === undefined ? "failed" : has ? "found" : "missing"]++;
     if (has) finish(id);
-    return has === false;
-  };
-  const cancelLate = clock.after(SEARCH_MS, () => finish(undefined));
-  const askAll = async () => {
-    const saidNo = await Promise.all((await siblings.list(abort.signal)).map(ask));
-    confirmed = saidNo.every(Boolean);
-    finish(undefined);
-  };
-  askAll().catch(() => finish(undefined)); // without DNS there are only local rooms
-  const id = await found;
-  cancelLate();
-  abort.abort();
-  if (id === undefined && confirmed) {
-    relay.missing.delete(code);
-    relay.missing.set(copyOf(code), clock.now() + MISSING_MS);
-    if (relay.missing.size > MISSING_CODES) relay.missing.delete(first(relay.missing.keys()) as string);
+    return has;
   }
-  return id;
+
+  /** Waits until another probe has ended, or the search has. */
+  #place(signal: AbortSignal): Promise<void> {
+    return new Promise((resolve) => {
+      this.#waiting.add(resolve);
+      const giveUp = () => {
+        if (this.#waiting.delete(resolve)) resolve();
+      };
+      signal.addEventListener("abort", giveUp, { once: true });
+    });
+  }
+}
+
+/** Asks a sibling that has been found at an address. @throws if it doesn't say whether it has the room */
+async function askAt(host: string, port: string | number, code: string, signal: AbortSignal): Promise<boolean> {
+  const answer = await fetch(`http://${isIP(host) === 6 ? `[${host}]` : host}:${port}/room/${code}`, {
+    headers: { "X-Party-Probe": "1" },
+    redirect: "manual",
+    keepalive: false, // a pooled connection that died would be tried twice
+    signal,
+  });
+  await answer.body?.cancel();
+  if (answer.status !== 200 && answer.status !== 404) throw new Error(`answered ${answer.status}`);
+  return answer.status === 200;
 }
 
 /** The siblings as Fly.io's DNS names them: TXT `vms.<app>.internal`, AAAA `<id>.vm.<app>.internal`. */
@@ -1432,16 +2232,8 @@ function flySiblings(app: string, region: string, self: string, port: number): S
         .map((machine) => machine.id);
     },
     async has(id, code, signal) {
-      const [address] = await lookUp(signal, (resolver) => resolver.resolve6(`${id}.vm.${app}.internal`));
-      const answer = await fetch(`http://[${address}]:${port}/room/${code}`, {
-        headers: { "X-Party-Probe": "1" },
-        redirect: "manual",
-        keepalive: false, // a pooled connection that died would be tried twice
-        signal,
-      });
-      await answer.body?.cancel();
-      if (answer.status !== 200 && answer.status !== 404) throw new Error(`answered ${answer.status}`);
-      return answer.status === 200;
+      const [address = ""] = await lookUp(signal, (resolver) => resolver.resolve6(`${id}.vm.${app}.internal`));
+      return askAt(address, port, code, signal);
     },
   };
 }
@@ -1453,6 +2245,21 @@ export function parseMachines(texts: readonly string[]): { id: string; region: s
     const [id, region] = entry.trim().split(" ");
     return id !== undefined && region !== undefined && MACHINE_ID.test(id) ? [{ id, region }] : [];
   });
+}
+
+/** The siblings as the operator lists them. @param template where one is asked: a host and port with `{id}` in it */
+function peerSiblings(ids: ReadonlySet<string>, template: string, self: string): Siblings {
+  const others = [...ids].filter((id) => id !== self);
+  return {
+    list: () => Promise.resolve(others),
+    async has(id, code, signal) {
+      const { hostname, port } = new URL(`http://${template.replaceAll("{id}", id)}`);
+      const name = hostname.replace(/^\[|\]$/g, "");
+      // Looked up each time, because a peer may move; by c-ares, which doesn't hang on the thread pool of `fetch`.
+      const [found] = isIP(name) === 0 ? await Bun.dns.lookup(name, { backend: "c-ares" }) : [{ address: name }];
+      return askAt(found?.address ?? name, port || 80, code, signal);
+    },
+  };
 }
 
 // ---- Metrics: one row a series ---------------------------------------------------------------------------
@@ -1471,9 +2278,14 @@ function byOrigin(relay: Relay, key: Exclude<keyof Origin, "name">, total: numbe
     .filter((origin) => origin.name !== OTHER_ORIGINS)
     .sort((a, b) => b[key] - a[key] || b.connections - a.connections)
     .slice(0, ORIGINS_SHOWN);
+  const counts = new Map<string, number>(); // two that are cut to the same text are one
+  for (const origin of shown) {
+    const name = origin.name.slice(0, ORIGIN_SHOWN);
+    counts.set(name, (counts.get(name) ?? 0) + origin[key]);
+  }
   const rest = total - shown.reduce((sum, origin) => sum + origin[key], 0);
-  const samples = shown.map((origin): Sample => [{ origin: origin.name }, origin[key]]);
-  return rest > 0 ? [...samples, [{ origin: OTHER_ORIGINS }, rest]] : samples;
+  if (rest > 0) counts.set(OTHER_ORIGINS, (counts.get(OTHER_ORIGINS) ?? 0) + rest);
+  return [...counts].map(([origin, count]) => [{ origin }, count]);
 }
 
 // prettier-ignore
@@ -1500,29 +2312,37 @@ const METRICS: readonly Metric[] = [
     (relay) => by("code", relay.errors)],
   ["counter", "party_sockets_joins_total", "Joins: of a new slot, of one resumed after a vacancy, of one replaced while connected",
     (relay) => by("kind", relay.joins)],
-  ["counter", "party_sockets_disconnects_total", "Members gone by reason; slow (cut for backpressure) is best effort",
+  ["counter", "party_sockets_disconnects_total", "Members gone by reason; slow (cut for backpressure or memory) is best effort",
     (relay) => by("reason", relay.disconnects)],
   ["counter", "party_sockets_replays_total", "Requests sent on: to a pinned instance, a region, a sibling; stale: a pin whose machine is gone; failed: came back",
     (relay) => by("outcome", relay.replays)],
   ["counter", "party_sockets_probes_total", "Siblings asked for a room, by what they answered",
     (relay) => by("outcome", relay.probes)],
-  ["counter", "party_sockets_paused_total", "Times that a socket was paused for sending too fast",
+  ["counter", "party_sockets_paused_total", "Times that a socket was paused: it sent too fast, or its room had its share",
     (relay) => relay.pausedTotal],
   ["gauge", "party_sockets_draining", "1 after a stop signal",
-    (relay) => (relay.drainEnds === undefined ? 0 : 1)],
+    (relay) => (relay.stage.name === "serving" ? 0 : 1)],
   ["gauge", "party_sockets_event_loop_lag_seconds", `Worst delay of a timer in the past ${(LAG_MS * LAG_SAMPLES) / 1000} s`,
     (relay) => Math.max(0, ...relay.lag) / 1000],
   ["gauge", "process_resident_memory_bytes", "Memory that the process occupies",
-    () => process.memoryUsage.rss()],
+    (relay) => relay.config.memory()],
   ["gauge", "process_heap_used_bytes", "JavaScript heap in use",
     () => heapSize()],
   ["gauge", "process_uptime_seconds", "Seconds since the relay started",
     (relay) => (relay.config.clock.now() - relay.startedAt) / 1000],
 ];
 
+/** The text of a scrape; an older one if that is young enough. */
 function metricsText(relay: Relay): string {
+  const { clock, metricsMs } = relay.config;
+  const now = clock.now();
+  if (now >= relay.metricsText.until) relay.metricsText = { text: makeMetricsText(relay), until: now + metricsMs };
+  return relay.metricsText.text;
+}
+
+function makeMetricsText(relay: Relay): string {
   const { instance, region } = relay.config;
-  const common = { instance: instance || "local", region: region.toUpperCase() || "local", version };
+  const common = { instance: instance || "local", region: region.toUpperCase() || "local", version: VERSION };
   const lines: string[] = [];
   for (const [type, name, help, read] of METRICS) {
     lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`);
@@ -1545,6 +2365,7 @@ function watchLag(relay: Relay): void {
     relay.lag.push(Math.max(0, clock.now() - due));
     if (relay.lag.length > LAG_SAMPLES) relay.lag.shift();
     due = clock.now() + LAG_MS;
+    return LAG_MS;
   });
 }
 
@@ -1554,7 +2375,7 @@ const METHODS = "GET, HEAD, OPTIONS";
 const WEBSOCKET_VERSION = "13"; // the only one that RFC 6455 has
 type Answer = Response | undefined;
 
-/** Every answer over HTTP is made here. */
+/** Every answer over HTTP is made here. It closes its connection: who pipelines requests gets one answered. */
 function reply(status: number, body: string | object, headers: Record<string, string> = {}): Response {
   const isText = typeof body === "string";
   return new Response(isText ? body : JSON.stringify(body), {
@@ -1564,14 +2385,32 @@ function reply(status: number, body: string | object, headers: Record<string, st
       "Access-Control-Expose-Headers": "X-Instance-Id",
       "Content-Type": isText ? "text/plain; charset=utf-8" : "application/json",
       "Cache-Control": "no-store",
+      Connection: "close",
       ...headers,
     },
   });
 }
 
-/** Answers one HTTP request, where the room is; undefined where it became a WebSocket. */
+/** The address that a request comes from, as misses count it; and whether a proxy named it. */
+function readAddress(relay: Relay, request: Request, server: Server<Session>): { address: string; isNamed: boolean } {
+  const { addressHeader, log } = relay.config;
+  const peer = server.requestIP(request)?.address ?? "";
+  const named = addressHeader === undefined ? undefined : request.headers.get(addressHeader)?.split(",").at(-1);
+  if (addressHeader === undefined && !relay.hasSeenForwarded && request.headers.has("x-forwarded-for")) {
+    relay.hasSeenForwarded = true;
+    log("address header ignored", { header: "X-Forwarded-For", hint: "behind a proxy, set ADDRESS_HEADER" });
+  }
+  return { address: knownKey(relay, named ?? peer) ?? knownKey(relay, peer) ?? peer, isNamed: named !== undefined };
+}
+
+/** `addressKey`, which a whole party that arrives from one address costs once: 8 % of connecting. */
+function knownKey(relay: Relay, text: string): string | undefined {
+  if (relay.lastAddress.text !== text) relay.lastAddress = { text, key: addressKey(text) };
+  return relay.lastAddress.key;
+}
+
+/** Answers one HTTP request, or sends it on to where the room is; undefined if it became a WebSocket. */
 function answer(relay: Relay, request: Request, server: Server<Session>): Answer | Promise<Answer> {
-  const { config } = relay;
   const { method, headers } = request;
   if (method === "OPTIONS") {
     const preflight = { "Access-Control-Allow-Methods": METHODS, "Access-Control-Allow-Headers": "*" };
@@ -1579,83 +2418,87 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   }
   if (method !== "GET" && method !== "HEAD") return reply(405, { error: "Method not allowed" }, { Allow: METHODS });
 
-  const peer = server.requestIP(request)?.address ?? "";
-  const named = config.addressHeader === undefined ? undefined : headers.get(config.addressHeader)?.split(",").at(-1);
-  const address = knownKey(relay, named ?? peer) ?? knownKey(relay, peer) ?? peer;
+  const { cluster } = relay.config;
+  const { address, isNamed } = readAddress(relay, request, server);
   // Cut out by hand, because the host before it may be anything that a client sends.
   const [, path = "/", query = ""] = /^(?:https?:\/\/[^/?]*)?([^?]*)(.*)$/i.exec(request.url) ?? [];
   const upgrade = method === "GET" && headers.get("upgrade")?.toLowerCase() === "websocket";
-  const isFly = config.flyApp !== undefined;
-  const failed = isFly && headers.has("fly-replay-failed");
-  const probe = isFly && named === undefined && headers.get("x-party-probe") === "1";
+  const probe = cluster !== undefined && !isNamed && headers.get("x-party-probe") === "1";
+  const failed = cluster !== undefined && headers.has(cluster.failedHeader);
+  const replayed = failed || (cluster !== undefined && headers.has(cluster.replayedHeader));
   if (failed) relay.replays.failed++;
-  const replayed = failed || (isFly && headers.has("fly-replay-src"));
-  const asked = { path, query, upgrade, replayed, failed, probe };
-  const here = (missed?: string) =>
-    upgrade ? takeUpgrade(relay, request, server, address, missed) : serve(relay, path, probe ? undefined : address);
-  const decision = route(asked, config, (code) => relay.rooms.has(code));
-  if (decision === "here") return here();
+
+  const decision = route({ path, query, upgrade, replayed, failed, probe }, relay.config, (code) => relay.rooms.has(code));
+  const code = codeIn(path, cluster);
+  const here = () =>
+    upgrade ? takeUpgrade(relay, request, server, address, code) : serve(relay, path, code, probe ? undefined : address);
+  if (cluster === undefined || decision === "here") {
+    const isFree = code === undefined && pinIn(query, cluster) === undefined;
+    if (upgrade && isFree && cluster?.triesNext && relay.stage.name === "draining") return reply(503, { error: "Draining" });
+    return here();
+  }
   if ("redirect" in decision) {
     relay.replays.stale++;
     return reply(302, "", { Location: decision.redirect });
   }
-  if ("instance" in decision) return replay(relay, "instance", `instance=${decision.instance}`);
-  if ("region" in decision) return replay(relay, "region", `region=${decision.region}`);
-  if (lockedOut(relay, address)) return here();
-  const found = search(relay, decision.searchSiblings, address);
-  if (found === "busy") return reply(503, { error: "Too many searches" }, { "Retry-After": "1" });
-  return found.then((id) => {
-    if (id !== undefined) return replay(relay, "sibling", `instance=${id}`);
-    if (!upgrade && lookedUp(path) !== undefined) return here(); // and counted there
-    const over = miss(relay, address);
-    return over && !upgrade ? tooManyAttempts(relay) : here(decision.searchSiblings);
-  });
+  if ("instance" in decision) return sendOn(relay, cluster, "instance", decision);
+  if ("region" in decision) return sendOn(relay, cluster, "region", decision);
+  const misses = upgrade ? relay.socketMisses : relay.lookUpMisses;
+  if (misses.isOver(address)) return here();
+  const found = relay.searches.find(decision.searchSiblings, address, cluster.siblings);
+  if (found === "busy") {
+    misses.add(address);
+    return reply(503, { error: "Too many searches" }, { "Retry-After": "1" });
+  }
+  return found.then((id) => (id === undefined ? here() : sendOn(relay, cluster, "sibling", { instance: id })));
 }
 
 /**
  * Answers a plain request on this machine.
- * @param address whose miss it is; undefined where misses don't count
+ * @param code the room that it asks for
+ * @param address whose miss it is; undefined if misses don't count
  */
-function serve(relay: Relay, path: string, address: string | undefined): Response {
+function serve(relay: Relay, path: string, code: string | undefined, address: string | undefined): Response {
   if (path === "/health") return reply(200, { status: "ok" });
   if (path === "/metrics") return reply(200, metricsText(relay), { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" });
-  const { dashboardUrl, flyApp } = relay.config;
-  const code = lookedUp(path);
-  const asksRoom = code !== undefined || (flyApp !== undefined && CODE.test(path.slice(1)));
-  if (asksRoom && address !== undefined && lockedOut(relay, address)) return tooManyAttempts(relay);
-  if (code !== undefined) return roomAnswer(relay, code, address);
+  const { dashboardUrl, instance } = relay.config;
+  const room = code === undefined ? undefined : relay.rooms.get(code);
+  if (code !== undefined && address !== undefined) {
+    if (relay.lookUpMisses.isOver(address) && !(room && sitsIn(room, address))) return tooManyAttempts(relay);
+    if (room === undefined) relay.lookUpMisses.add(address);
+  }
+  if (lookedUp(path) !== undefined) return roomAnswer(room, instance);
   if (dashboardUrl !== undefined) return reply(302, "", { Location: dashboardUrl });
   return reply(200, `rooms: ${relay.rooms.size}\nclients: ${relay.clients}\n`);
 }
 
 function tooManyAttempts(relay: Relay): Response {
+  capReached(relay, "misses");
   relay.errors.too_many_attempts++;
   const headers = { "X-Instance-Id": relay.config.instance, "Retry-After": String(MISS_WINDOW_MS / 1000) };
   return reply(429, { error: REFUSALS.too_many_attempts }, headers);
 }
 
-function roomAnswer(relay: Relay, code: string, address: string | undefined): Response {
-  const headers = { "X-Instance-Id": relay.config.instance };
-  const room = relay.rooms.get(code);
-  if (room === undefined) {
-    if (address !== undefined && miss(relay, address)) return tooManyAttempts(relay);
-    return reply(404, { error: REFUSALS.room_not_found }, headers);
-  }
+function roomAnswer(room: Room | undefined, instance: string): Response {
+  const headers = { "X-Instance-Id": instance };
+  if (room === undefined) return reply(404, { error: REFUSALS.room_not_found }, headers);
   const { connected, maxClients, origin, locked, url } = room;
   return reply(200, { clients: connected.size, maxClients, origin: origin.name, locked: locked || undefined, url }, headers);
 }
 
-function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string, missed?: string): Answer {
+/** Makes a request a WebSocket. @param code the room that its path asks for, where such paths are routed */
+function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string, code: string | undefined): Answer {
   const origin = request.headers.get("origin");
-  const { allowedOrigins } = relay.config;
+  const { allowedOrigins, cluster } = relay.config;
   if (origin !== null && allowedOrigins !== undefined && !allowedOrigins.has(origin.toLowerCase()))
     return reply(403, { error: "Origin not allowed" });
   if (request.headers.get("sec-websocket-version") !== WEBSOCKET_VERSION) {
     const wanted = { "Sec-WebSocket-Version": WEBSOCKET_VERSION, Upgrade: "websocket" };
     return reply(426, { error: "Unsupported WebSocket version" }, wanted); // Bun's own lacks the CORS headers
   }
+  if (cluster !== undefined && code !== undefined && !relay.rooms.has(code)) relay.socketMisses.add(address);
   const name = origin ? copyOf(origin.slice(0, ORIGIN_LENGTH)) : "unknown";
-  if (server.upgrade(request, { data: new Session(address, name, missed && copyOf(missed)) })) return undefined;
+  if (server.upgrade(request, { data: new Session(relay, address, name) })) return undefined;
   return reply(400, { error: "Not a WebSocket handshake" });
 }
 
@@ -1663,51 +2506,55 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
 
 /** Begins a drain; the second time, or without rooms, the end. */
 function drain(relay: Relay): void {
-  const { config } = relay;
-  const { clock, drainSeconds, log } = config;
-  if (relay.drainEnds !== undefined) return end(relay, "drained");
-  for (const room of relay.lingering) dropRoom(relay, room);
+  const { clock, drainSeconds, log } = relay.config;
+  if (relay.stage.name !== "serving") return end(relay, "drained");
   const begun = clock.now();
   const seconds = relay.rooms.size === 0 ? 0 : drainSeconds;
-  relay.drainEnds = begun + seconds * 1000;
+  const ends = begun + seconds * 1000;
+  relay.stage = { name: "draining", ends };
   relay.cancelIdle();
   log("drain begins", { rooms: relay.rooms.size, clients: relay.clients, seconds });
-  for (const socket of relay.sockets) tellDraining(relay, socket);
+  for (const socket of relay.sockets) tellDraining(socket);
   if (seconds === 0) return end(relay, "drained");
   const closingMs = Math.min(CLOSING_SECONDS, drainSeconds / 2) * 1000;
-  const closingBegins = relay.drainEnds - closingMs;
-  clock.after(closingBegins - begun, () => {
-    const rooms = relay.rooms.size;
-    let closedRooms = 0;
-    const step = () => {
-      const due = Math.min(rooms, Math.floor((rooms * (clock.now() - closingBegins)) / closingMs));
-      for (; closedRooms < due && relay.rooms.size > 0; closedRooms++)
-        closeRoom(relay, first(relay.rooms.values()) as Room, "shutdown");
-      if (!relay.ending) clock.after(CLOSING_STEP_MS, step);
-    };
-    step();
-  });
+  clock.after(ends - closingMs - begun, () => closeEvenly(relay, ends - closingMs, closingMs));
+}
+
+/** Closes rooms one after another, so that their members don't all come back together; empty ones linger to the end. */
+function closeEvenly(relay: Relay, begins: number, ms: number): void {
+  const { clock } = relay.config;
+  const rooms = [...relay.rooms.values()].filter((room) => room.connected.size > 0);
+  let closed = 0;
+  const step = () => {
+    const passed = clock.now() - begins;
+    for (const due = Math.floor((rooms.length * passed) / ms); closed < due && closed < rooms.length; closed++) {
+      const room = rooms[closed];
+      if (room !== undefined && relay.rooms.get(room.code) === room) closeRoom(room, "shutdown");
+    }
+    if (passed >= ms) end(relay, "drained");
+    else if (relay.stage.name !== "ended") clock.after(CLOSING_STEP_MS, step);
+  };
+  step();
 }
 
 /** Closes what is left and stops listening; `ended` resolves once close frames had time to leave. */
 function end(relay: Relay, how: "idle" | "drained"): void {
-  if (relay.ending) return;
-  relay.ending = true;
-  relay.drainEnds ??= relay.config.clock.now();
-  for (const room of [...relay.rooms.values()]) closeRoom(relay, room, "shutdown");
+  if (relay.stage.name === "ended") return;
+  relay.stage = { name: "ended" };
+  const { clock, log } = relay.config;
+  for (const room of [...relay.rooms.values()]) closeRoom(room, "shutdown");
   const roomless = relay.sockets.size;
-  for (const socket of [...relay.sockets]) hangUp(relay, socket, CloseCode.RESTARTING, "restarting");
-  const { shutdown } = relay.disconnects;
-  relay.config.log(how === "idle" ? "idle" : "drain ends", { members: shutdown, roomless });
+  for (const socket of [...relay.sockets]) hangUp(socket, CloseCode.RESTARTING, "restarting");
+  log(how === "idle" ? "idle" : "drain ends", { members: relay.disconnects.shutdown, roomless });
   void relay.server.stop();
-  relay.config.clock.after(shutdown + roomless > 0 ? FLUSH_MS : 0, () => relay.ended.resolve(how));
+  clock.after(Math.max(0, relay.flushedAt - clock.now()), () => relay.ended.resolve(how));
 }
 
 /** Ends the process that nobody has used for so long, where a platform starts it again on demand. */
 function watchIdle(relay: Relay): void {
   const { clock, idleExitSeconds } = relay.config;
   relay.cancelIdle();
-  if (idleExitSeconds === 0 || relay.drainEnds !== undefined) return;
+  if (idleExitSeconds === 0 || relay.stage.name !== "serving") return;
   if (relay.sockets.size > 0 || relay.rooms.size > 0) return;
   relay.cancelIdle = clock.after(idleExitSeconds * 1000, () => end(relay, "idle"));
 }
@@ -1716,7 +2563,7 @@ function watchIdle(relay: Relay): void {
 
 /** A relay that runs. */
 export type RelayHandle = {
-  /** Where it listens, `http://localhost:PORT`. */
+  /** Where it listens, `http://localhost:PORT`, or at its `host`. */
   readonly url: string;
   readonly port: number;
   /** Resolves when the relay has stopped: after a drain, or for lack of use. */
@@ -1731,18 +2578,24 @@ export type RelayHandle = {
 
 /**
  * Starts a relay. It shares nothing with another one in the same process.
- * @throws ConfigError where it can't listen on the port
+ * @param options what isn't named has its default
+ * @throws ConfigError if it can't listen on the port
  */
-export function startRelay(config: Config): RelayHandle {
+export function startRelay(options: Partial<Config> = {}): RelayHandle {
+  const config = { ...DEFAULTS, ...options };
   const relay = new Relay(config);
   relay.server = listen(relay);
-  repeat(relay, SWEEP_MS, () => sweep(relay));
+  repeat(relay, SWEEP_MS, () => {
+    sweep(relay);
+    return SWEEP_MS;
+  });
   watchLag(relay);
   watchIdle(relay);
+  warnOfDescriptors(config);
   const port = relay.server.port ?? config.port;
   const { promise: ended } = relay.ended;
   return {
-    url: `http://localhost:${port}`,
+    url: `http://${config.host === undefined ? "localhost" : isIP(config.host) === 6 ? `[${config.host}]` : config.host}:${port}`,
     port,
     ended,
     drain() {
@@ -1751,8 +2604,7 @@ export function startRelay(config: Config): RelayHandle {
     },
     report: (error) => reportException(relay, error),
     async [Symbol.asyncDispose]() {
-      relay.ending = true;
-      relay.drainEnds ??= config.clock.now(); // no room lingers
+      relay.stage = { name: "ended" }; // no room lingers
       await relay.server.stop(true);
     },
   };
@@ -1761,7 +2613,8 @@ export function startRelay(config: Config): RelayHandle {
 function listen(relay: Relay): Server<Session> {
   const { config } = relay;
   const options: Bun.Serve.Options<Session> = {
-    port: config.port, // and no hostname: IPv6 and IPv4, as Fly.io's private network needs
+    port: config.port,
+    ...(config.host === undefined ? {} : { hostname: config.host }), // else IPv6 and IPv4, as Fly.io's private network needs
     development: false, // an error page would show the source
     maxRequestBodySize: Number.MAX_SAFE_INTEGER, // no body is read; Bun's own 413 lacks the CORS headers
     reusePort: false, // which `development: false` turns on: a second relay would take half of the connections
@@ -1771,24 +2624,17 @@ function listen(relay: Relay): Server<Session> {
       return reply(500, { error: "Internal error" });
     },
     websocket: {
-      maxPayloadLength: config.maxMessageBytes || MOST,
+      maxPayloadLength: config.maxMessageBytes || MOST_BYTES,
       backpressureLimit: config.maxBufferedBytes,
       closeOnBackpressureLimit: true, // rather than drop frames in silence
       idleTimeout: 0, // every send would restart it; `sweep` does this
       sendPings: false,
-      open: (socket) => opened(relay, socket),
-      message: (socket, frame) => received(relay, socket, frame),
-      ping(socket) {
-        heard(socket, config.clock.now());
-        takeToken(relay, socket); // each costs a pong
-      },
-      pong(socket) {
-        const asked = socket.data.unanswered > 0;
-        heard(socket, config.clock.now());
-        if (!asked) takeToken(relay, socket);
-      },
-      close: (socket, code) => closed(relay, socket, code),
-      error: (error, socket) => crashed(relay, socket, error),
+      open: opened,
+      message: received,
+      ping: pinged,
+      pong: ponged,
+      close: closed,
+      error: (error, socket) => crashed(socket, error),
     },
   };
   try {
@@ -1796,14 +2642,30 @@ function listen(relay: Relay): Server<Session> {
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
     const reason = code === "EADDRINUSE" ? "is in use: set PORT to another" : `can't be listened on: ${message}`;
-    throw new ConfigError([`Port ${config.port} ${reason}`], config.log);
+    const where = config.host === undefined ? "" : ` of HOST ${config.host}`;
+    throw new ConfigError([`Port ${config.port}${where} ${reason}`], config.log);
   }
+}
+
+const DESCRIPTORS_BESIDE = 300; // for requests over HTTP and to siblings, and the process itself
+
+/** Says in the log if the system gives this process fewer descriptors than the sockets that it may have. */
+function warnOfDescriptors({ maxConnections, log }: Config): void {
+  let limits: string;
+  try {
+    limits = readFileSync("/proc/self/limits", "utf8");
+  } catch {
+    return; // only Linux tells
+  }
+  const descriptors = Number(/^Max open files\s+(\d+)/m.exec(limits)?.[1]);
+  const needed = maxConnections + DESCRIPTORS_BESIDE;
+  if (maxConnections !== 0 && descriptors < needed)
+    log("few descriptors", { limit: descriptors, needed, hint: "raise `ulimit -n`, or lower MAX_CONNECTIONS" });
 }
 
 /** The limits that differ from their defaults. */
 function changedLimits(config: Config): Record<string, number> {
-  const names = Object.keys(LIMITS) as (keyof typeof LIMITS)[];
-  return Object.fromEntries(names.filter((name) => config[name] !== LIMITS[name]).map((name) => [name, config[name]]));
+  return Object.fromEntries(LIMIT_NAMES.filter((name) => config[name] !== LIMITS[name]).map((name) => [name, config[name]]));
 }
 
 async function main(): Promise<void> {
@@ -1812,10 +2674,9 @@ async function main(): Promise<void> {
     const relay = startRelay(config);
     process.on("uncaughtException", relay.report);
     process.on("unhandledRejection", relay.report);
-    process.on("SIGTERM", relay.drain);
-    process.on("SIGINT", relay.drain);
+    for (const signal of ["SIGTERM", "SIGINT", "SIGHUP"]) process.on(signal, relay.drain);
     const labels = { instance: config.instance || "local", region: config.region || "local" };
-    config.log("listening", { url: relay.url, version, port: relay.port, ...labels, ...changedLimits(config) });
+    config.log("listening", { url: relay.url, version: VERSION, port: relay.port, ...labels, ...changedLimits(config) });
     await relay.ended;
     process.exit(0);
   } catch (error) {

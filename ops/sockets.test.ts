@@ -77,6 +77,7 @@ describe("a flooder", () => {
   const RATE = 100;
   const FLOOD = 700;
   const TICK_MS = 50;
+  const REFILL_MS = 50;
 
   async function scene() {
     const clock = new TestClock();
@@ -138,31 +139,80 @@ describe("a flooder", () => {
     expect(await vitals(at.relay.url)).toMatchObject({ rooms: 1, clients: 1 });
   });
 
-  test("that resets while it is paused is noticed at once, and what it had said arrives", async () => {
+  /** A close frame with code 1000, as a page sends that hangs up. */
+  const farewell = () => clientFrame(Buffer.from([0x03, 0xe8]), { opcode: 8 });
+  const burstOf = (n: number) => Buffer.concat(numbered(n).map((message) => clientFrame(Buffer.from(JSON.stringify(message)))));
+
+  test("that closes properly is heard to the end at the rate, and holds its place till then", async () => {
+    await using at = await scene();
+    at.flooder.write(Buffer.concat([burstOf(burst + 30), farewell()]));
+    for (const data of upTo(burst)) expect(await at.peer.next()).toMatchObject({ data });
+    expect(await at.peer.soFar()).toEqual([]);
+    expect(await vitals(at.relay.url)).toMatchObject({ clients: 2 });
+    const frames: Frame[] = [];
+    let passed = 0;
+    for (; passed < 5_000 && frames.at(-1)?.type !== "peer_left"; passed += TICK_MS) {
+      at.clock.advance(TICK_MS);
+      frames.push(...(await at.peer.soFar()));
+    }
+    expect(dataOf(frames)).toEqual(upTo(burst + 30).slice(burst));
+    expect(frames.at(-1)).toEqual({ type: "peer_left", index: 1 });
+    expect(passed).toBeGreaterThanOrEqual((1000 * 29) / RATE);
+    expect(await vitals(at.relay.url)).toMatchObject({ clients: 1 });
+  });
+
+  test("that closes properly with more than five seconds' worth unsaid is gone after five", async () => {
+    await using at = await scene();
+    at.flooder.write(Buffer.concat([burstOf(burst + 600), farewell()]));
+    for (const _ of upTo(burst)) await at.peer.next();
+    await at.peer.soFar();
+    const frames: Frame[] = [];
+    let passed = 0;
+    for (; passed < 7_000 && frames.at(-1)?.type !== "peer_left"; passed += TICK_MS) {
+      at.clock.advance(TICK_MS);
+      frames.push(...(await at.peer.soFar()));
+    }
+    expect(passed).toBe(5_000);
+    const heard = dataOf(frames);
+    expect(heard).toEqual(upTo(burst + heard.length).slice(burst));
+    expect(heard.length).toBeLessThanOrEqual(5 * RATE + 1);
+    expect(heard.length).toBeGreaterThan(4 * RATE);
+  });
+
+  test("that comes back while its last frames wait replaces itself, with the bucket that it left", async () => {
+    await using at = await scene();
+    at.flooder.write(Buffer.concat([burstOf(burst + 30), farewell()]));
+    for (const _ of upTo(burst)) await at.peer.next();
+    await at.peer.soFar();
+    const again = await sits(at.relay.url, at.room, "flooder");
+    again.send(...numbered(5));
+    expect(await at.peer.soFar()).toEqual([]); // neither what waited, nor a fresh burst
+    at.clock.advance(1000 / RATE + REFILL_MS);
+    expect((await at.peer.next()).data).toBe(0);
+  });
+
+  test("that resets while it is paused is noticed at once, and what waited is discarded", async () => {
     await using at = await scene();
     const timers = at.clock.pending;
     at.flooder.send(...numbered(burst + 30));
     for (const _ of upTo(burst)) await at.peer.next();
     at.flooder.reset();
-    for (const data of upTo(burst + 30).slice(burst)) expect(await at.peer.next()).toMatchObject({ data });
     expect(await at.peer.next()).toEqual({ type: "peer_left", index: 1 });
     at.clock.advance(TICK_MS);
     expect(at.clock.pending).toBe(timers);
   });
 
-  test("that resets while it is paused is not heard beyond what ended its socket", async () => {
+  test("has no new burst for coming back, nor in another room", async () => {
     await using at = await scene();
-    const pings = upTo(2 * RATE).map((t) => ({ type: "ping", t })); // what comes after them waits
-    const host = await RawSocket.open(at.relay.url);
-    host.send({ type: "create", clientId: "host", maxClients: 2 });
-    const { room } = await host.next();
-    const guest = await Client.open(at.relay.url);
-    await guest.join(room, "guest");
-    host.send(...pings, { type: "close_room" }, { type: "create", clientId: "host", maxClients: 2, linger: 300 });
-    while ((await host.next()).t !== pings.length - 2);
-    host.reset();
-    expect(await guest.closed).toEqual({ code: 4001, reason: "room closed" });
-    expect(await vitals(at.relay.url)).toMatchObject({ rooms: 1, clients: 2 });
+    at.flooder.send(...numbered(burst));
+    for (const _ of upTo(burst)) await at.peer.next();
+    at.flooder.reset();
+    await at.peer.next();
+    const again = await sits(at.relay.url, at.room, "flooder");
+    again.send({ type: "send", data: "again" });
+    expect(await at.peer.soFar()).toEqual([{ type: "peer_joined", index: 1, resumed: true }]);
+    at.clock.advance(100);
+    expect(await at.peer.next()).toMatchObject({ data: "again" });
   });
 
   test("that is kicked while it is paused is not heard any more", async () => {

@@ -3,7 +3,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from "bun:test
 import type { Server } from "bun";
 import { Resolver } from "node:dns/promises";
 import { readdirSync } from "node:fs";
-import { newCode } from "../../server.ts";
+import { newCode } from "../../regions.ts";
 import { Client } from "../shared/client.ts";
 import { type DnsMachine, startDns } from "./dns.ts";
 import { whyNoNetwork } from "./network.ts";

@@ -6,7 +6,7 @@ const chromium = ["chromium", "chromium-browser", "google-chrome-stable", "googl
 export const whyNoBrowser = chromium === undefined ? " (skipped: no chromium on this machine)" : undefined;
 
 /** A new page. All pages of a process share one browser, and what it stores for an origin. */
-export function openPage(options: Omit<Bun.WebView.ConstructorOptions, "backend"> = {}): Bun.WebView {
+export function openPage(options: Pick<Bun.WebView.ConstructorOptions, "width" | "height" | "console"> = {}): Bun.WebView {
   return new Bun.WebView({
     ...options,
     backend: {

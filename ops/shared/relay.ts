@@ -1,10 +1,10 @@
 /** A relay inside the test's own process, and a clock for it. */
 import type { Clock, Config, RelayHandle } from "../../server.ts";
-import { configFromEnv, startRelay } from "../../server.ts";
+import { startRelay } from "../../server.ts";
 
-/** A relay of the test's own, on a free port, with nothing in the log. */
+/** A relay of the test's own, on a free port, with nothing in the log and `/metrics` always fresh. */
 export function testRelay(overrides: Partial<Config> = {}): RelayHandle {
-  return startRelay({ ...configFromEnv({ PORT: "0" }), log: () => {}, ...overrides });
+  return startRelay({ port: 0, log: () => {}, metricsMs: 0, ...overrides });
 }
 
 /** A clock that stands still until the test moves it. */

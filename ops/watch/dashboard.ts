@@ -6,7 +6,7 @@
  * Prometheus' or Fly.io's.
  */
 import { join } from "node:path";
-import type { RelayHandle } from "../../server.ts";
+import { flyCluster, type RelayHandle } from "../../server.ts";
 import { Client } from "../shared/client.ts";
 import { temporaryDirectory } from "../shared/directory.ts";
 import { readFlags } from "../shared/flags.ts";
@@ -149,9 +149,7 @@ export async function startPrometheus(): Promise<Prometheus> {
     testRelay({
       instance: "m1",
       region: "ams",
-      flyApp: "party",
-      flyRegion: "ams",
-      siblings: { list: async () => ["m3"], has: async () => false },
+      cluster: flyCluster("ams", { list: async () => ["m3"], has: async () => false }),
     }),
   );
   const fra = stack.use(testRelay({ instance: "m2", region: "fra" }));
