@@ -88,8 +88,8 @@ async function start(url: string, { file, edits, whole = (site) => site, command
   };
 }
 
-/** Starts nginx with a file of this directory as its site. */
-export function startNginx(url: string, file: string, edits: Edits): Promise<Proxy> {
+/** Starts nginx with a file of this directory as its site. @param inside a command that runs another one somewhere else */
+export function startNginx(url: string, file: string, edits: Edits, inside: string[] = []): Promise<Proxy> {
   return start(url, {
     file,
     edits,
@@ -100,7 +100,7 @@ export function startNginx(url: string, file: string, edits: Edits): Promise<Pro
       return `daemon off; worker_processes 1; pid ${directory}/pid; error_log stderr notice; events {}
         http { access_log off; ${bodies.join(" ")} ${site} }`;
     },
-    command: (conf) => [find("nginx") as string, "-e", "stderr", "-c", conf],
+    command: (conf) => [...inside, find("nginx") as string, "-e", "stderr", "-c", conf],
     taken: /: start worker process /,
     reload: (child) => child.signal("SIGHUP"),
   });
