@@ -8,7 +8,7 @@ LABEL org.opencontainers.image.title="party-sockets" \
       org.opencontainers.image.source="$SOURCE"
 
 WORKDIR /app
-COPY package.json regions.ts server.ts ./
+COPY regions.ts server.ts ./
 
 # The base image's own user; the relay writes no file.
 USER bun
@@ -16,9 +16,11 @@ ENV PORT=3000
 EXPOSE $PORT
 
 # /health is 200 also while draining, so that nobody restarts it meanwhile. The check gives up by itself, before the engine
-# does: not every engine ends a check that hangs. It asks the relay, even if the environment names an HTTP proxy.
+# does: not every engine ends a check that hangs. It asks the relay at its HOST, past any HTTP proxy of the environment.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5s \
-  CMD ["bun", "-e", "const url = 'http://localhost:' + process.env.PORT + '/health'; \
+  CMD ["bun", "-e", "const { HOST, PORT } = process.env; \
+    const host = HOST?.includes(':') ? '[' + HOST + ']' : HOST || 'localhost'; \
+    const url = 'http://' + host + ':' + PORT + '/health'; \
     const { ok } = await fetch(url, { proxy: false, signal: AbortSignal.timeout(3000) }); \
     process.exit(ok ? 0 : 1)"]
 

@@ -7,7 +7,7 @@ import { Child, run } from "../shared/processes.ts";
 const PROGRAMS = ["buildah", "podman", "runc"]; // Debian's packages have the same names
 const PATH = `${process.env.PATH}:/usr/sbin:/sbin`; // runc is in /usr/sbin
 
-/** What a relay needs no more than: half a CPU, 256 MB, no right, no file to write, a user that no image knows. */
+/** All that a relay needs: half a CPU, 256 MB, no right, no file to write, a user that no image knows. */
 export const TIGHT = [
   ...["--memory=256m", "--cpus=0.5", "--user=4242:4242", "--cap-drop=all", "--security-opt=no-new-privileges"],
   ...["--read-only", "--read-only-tmpfs=false"],
@@ -50,6 +50,7 @@ export class Engine implements AsyncDisposable {
     this.#env = { PATH, TMPDIR: path, ...conf };
   }
 
+  /** An engine without an image or a container. */
   static async open(): Promise<Engine> {
     const directory = await temporaryDirectory("engine");
     const { path } = directory;
@@ -62,7 +63,7 @@ export class Engine implements AsyncDisposable {
 
   /** Runs a command. @returns what it printed @throws Failed */
   async run(...command: string[]): Promise<string> {
-    const { exitCode, stdout, stderr } = await run(command, { env: this.#env });
+    const { exitCode, stdout, stderr } = await run(command, { env: this.#env, cwd: this.home });
     if (exitCode !== 0) throw new Failed(command, exitCode, stderr);
     return stdout.trim();
   }
@@ -83,15 +84,15 @@ export class Engine implements AsyncDisposable {
    * @returns the process: its output, its exit code
    */
   start(name: string, ...what: string[]): Child {
-    const child = new Child(["podman", "run", "--rm", `--name=${name}`, ...what], { env: this.#env });
+    const child = new Child(["podman", "run", "--rm", `--name=${name}`, ...what], { env: this.#env, cwd: this.home });
     this.#started.add(child);
     return child;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    await using _ = this.directory;
     await this.podman("rm", "--all", "--force", "--time=0");
     for (const child of this.#started) await child.exited;
-    await this.directory[Symbol.asyncDispose]();
   }
 }
 
@@ -107,8 +108,8 @@ async function findWhyNot(): Promise<string | undefined> {
   const missing = PROGRAMS.filter((name) => Bun.which(name, { PATH }) === null);
   if (missing.length > 0) return ` (skipped: without ${missing.join(", ")}, Debian packages of these names)`;
   if (process.getuid?.() !== 0) return " (skipped: not root)";
-  await using engine = await Engine.open();
   try {
+    await using engine = await Engine.open();
     await engine.podman("run", "--rm", ...TIGHT, ...(await rootOfPrograms(join(engine.home, "root"))), "true");
   } catch (error) {
     return ` (skipped: no container can be limited on this machine: ${(error as Error).message.split("\n").at(-1)})`;

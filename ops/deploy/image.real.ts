@@ -8,7 +8,10 @@ import { join } from "node:path";
 import { packageManager, version } from "../../package.json" with { type: "json" };
 import { LIMITS } from "../../server.ts";
 import { Client } from "../shared/client.ts";
+import { parseMetrics, scrape } from "../shared/metrics.ts";
 import { freePort, ROOT } from "../shared/processes.ts";
+import { clientFrame, RawSocket } from "../shared/sockets.ts";
+import { within } from "../shared/wait.ts";
 import { Engine, Failed, TIGHT, whyNoEngine } from "./engine.ts";
 
 const BASE = `docker.io/oven/${packageManager.replace("@", ":")}-slim`;
@@ -102,7 +105,7 @@ describe.skipIf(whyNoEngine !== undefined)(`the image${whyNoEngine ?? ""}`, () =
     expect(Config).toMatchObject({ User: "bun", ExposedPorts: { "3000/tcp": {} } });
     expect(Config.Env).toContain("PORT=3000");
     const list = "console.log(require('node:fs').readdirSync('.').toSorted().join(' '))";
-    expect(await engine.podman("run", "--rm", IMAGE, "bun", "-e", list)).toBe("package.json regions.ts server.ts");
+    expect(await engine.podman("run", "--rm", IMAGE, "bun", "-e", list)).toBe("regions.ts server.ts");
   });
 
   test("runs on the least that it can be given; a stop lets a party play on, closes it with 1012 and ends with 0", async () => {
@@ -144,10 +147,18 @@ describe.skipIf(whyNoEngine !== undefined)(`the image${whyNoEngine ?? ""}`, () =
     expect(await relay.exited).toBe(0);
   });
 
-  test("is asked for its health past an HTTP proxy that the environment names", async () => {
-    await using relay = await start("--env=HTTP_PROXY=http://localhost:1", "--env=http_proxy=http://localhost:1");
-    expect(await relay.isHealthy()).toBe(true);
-  });
+  for (const [where, options] of Object.entries({
+    "past an HTTP proxy that the environment names": [
+      "--env=HTTP_PROXY=http://localhost:1",
+      "--env=http_proxy=http://localhost:1",
+    ],
+    "at the address that it listens on": ["--env=HOST=127.0.0.2"],
+    "at an IPv6 address": ["--env=HOST=::1"],
+  }))
+    test(`is asked for its health ${where}`, async () => {
+      await using relay = await start(...options);
+      expect(await relay.isHealthy()).toBe(true);
+    });
 
   test("is unhealthy while it hangs: the check ends by itself, in the time that it has; healthy when it goes on", async () => {
     await using relay = await start(...TIGHT);
@@ -158,4 +169,55 @@ describe.skipIf(whyNoEngine !== undefined)(`the image${whyNoEngine ?? ""}`, () =
     await relay.podman("kill", "--signal=CONT");
     expect(await relay.isHealthy()).toBe(true);
   });
+
+  test("stands a siege in 256 MB: who sends without end and who doesn't read is cut, and a party plays on", async () => {
+    await using relay = await start(...TIGHT, "--env=ADDRESS_HEADER=X-Forwarded-For");
+    const from = (address: string) => ({ "X-Forwarded-For": address });
+    const host = await Client.open(relay.url, from("192.0.2.1"));
+    const guest = await Client.open(relay.url, from("192.0.2.2"));
+    await guest.join(await host.create(), "guest");
+    await host.next(); // peer_joined
+
+    const besiegers = [sendWithoutEnd(relay.url, from("192.0.2.3")), joinAndNotRead(relay.url, from("192.0.2.4"))];
+    const siege = Promise.all([relay.isHealthy(), ...besiegers]);
+    let isOver = false;
+    void siege.finally(() => (isOver = true));
+    for (let n = 0; !isOver; n++) {
+      host.send({ type: "send", data: n });
+      expect(await within(guest.next(), "a message in the siege")).toEqual({ type: "message", from: 0, data: n });
+    }
+    expect((await siege)[0]).toBe(true);
+    const cut = parseMetrics(await scrape(relay.url)).find(
+      ({ name, labels }) => name === "party_sockets_disconnects_total" && labels.reason === "slow",
+    );
+    expect(cut?.value).toBeGreaterThan(0);
+  });
 });
+
+/** Fills memory by messages that never end: more of them than a container of 256 MB can hold. */
+async function sendWithoutEnd(url: string, headers: Record<string, string>): Promise<void> {
+  const unfinished = clientFrame("x".repeat(254 * 1024), { fin: false });
+  for (let wave = 0; wave < 12; wave++)
+    await Promise.all(
+      Array.from({ length: 100 }, async () => {
+        const socket = await RawSocket.open(url, "/", headers);
+        socket.write(unfinished);
+      }),
+    );
+}
+
+/** Fills memory by what members of a room don't read. */
+async function joinAndNotRead(url: string, headers: Record<string, string>): Promise<void> {
+  const host = await RawSocket.open(url, "/", headers);
+  host.send({ type: "create", clientId: "host", maxClients: 1000 });
+  const { room } = await host.next();
+  await Promise.all(
+    Array.from({ length: 300 }, async (_, i) => {
+      const member = await RawSocket.open(url, "/", headers);
+      member.send({ type: "join", clientId: `member ${i}`, room });
+      await member.next();
+      member.pause();
+    }),
+  );
+  for (let i = 0; i < 20; i++) host.send({ type: "send", data: "x".repeat(250 * 1024) });
+}

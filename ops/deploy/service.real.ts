@@ -27,8 +27,7 @@ describe.skipIf(whyNot !== undefined)(`the unit${whyNot ?? ""}`, () => {
     await Bun.write(join(root, "etc/machine-id"), `${"0123456789abcdef".repeat(2)}\n`); // else it is a first boot, which enables all units
     await copyFile(process.execPath, join(root, "opt/bun"));
     await mkdir(join(root, "opt/party-sockets"));
-    for (const name of ["package.json", "regions.ts", "server.ts"])
-      await copyFile(join(ROOT, name), join(root, "opt/party-sockets", name));
+    for (const name of ["regions.ts", "server.ts"]) await copyFile(join(ROOT, name), join(root, "opt/party-sockets", name));
     const unit = await Bun.file(join(import.meta.dir, "party-sockets.service")).text();
     // `/usr` is this machine's, and stays as it is
     await Bun.write(join(root, "etc/systemd/system/party-sockets.service"), unit.replaceAll("/usr/local/bin/bun", "/opt/bun"));
@@ -77,7 +76,7 @@ describe.skipIf(whyNot !== undefined)(`the unit${whyNot ?? ""}`, () => {
 
   test("gives up on a relay that refuses its variables each time", async () => {
     await start({ PORT: "x" });
-    await until("systemd to give up", async () => (await property("ActiveState")) === "failed");
+    await until("systemd to give up", async () => (await property("ActiveState")) === "failed", 30_000);
     const log = await engine.podman("exec", "systemd", "journalctl", "--unit=party-sockets", "--output=cat");
     expect(log).toContain('PORT must be a whole number from 0 to 65535, not "x"');
   });
