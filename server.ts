@@ -421,6 +421,7 @@ const EFFECT_MS = 300; // within which memory that was freed falls
 const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished messages
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
+const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -1582,7 +1583,7 @@ class Turns {
   #end(): void {
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
-    this.#relay.memory.lookIfMuchWasSent(this.work);
+    this.#relay.memory.lookIfMuchWasSent();
     if (this.#behind.size === 0) return this.#restIfBusy(now);
     this.#begin(now);
     const enough = this.work + TURN_WORK;
@@ -1862,7 +1863,7 @@ class Memory {
   /** What was cut, and the time (clock) until which that may still be in the figure. */
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
-  #lookedAtWork = 0;
+  #lookAtBytesOut = Infinity;
 
   constructor(relay: Relay) {
     this.#relay = relay;
@@ -1870,9 +1871,9 @@ class Memory {
     if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.#look());
   }
 
-  /** Looks if the frames sent since the last look may have filled a tenth of a small container. */
-  lookIfMuchWasSent(work: number): void {
-    if ((work - this.#lookedAtWork) * WORK_BYTES > 16 * MIB) this.#look();
+  /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
+  lookIfMuchWasSent(): void {
+    if (this.#relay.bytesOut > this.#lookAtBytesOut) this.#look();
   }
 
   /** Before a large frame goes to a room: what can't leave at once has to fit. @param bytes of the frame */
@@ -1894,7 +1895,7 @@ class Memory {
       used = memory();
     }
     this.isShort = used > limit;
-    this.#lookedAtWork = this.#relay.turns.work;
+    this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
     this.#cuts = this.#cuts.filter(({ until }) => until > now);
     const excess = used + expected - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
@@ -2203,6 +2204,7 @@ async function askAt(host: string, port: string | number, code: string, signal: 
   const answer = await fetch(`http://${isIP(host) === 6 ? `[${host}]` : host}:${port}/room/${code}`, {
     headers: { "X-Party-Probe": "1" },
     redirect: "manual",
+    proxy: false, // siblings are near, whatever HTTP_PROXY says
     keepalive: false, // a pooled connection that died would be tried twice
     signal,
   });
