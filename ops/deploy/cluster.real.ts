@@ -19,6 +19,8 @@ type Cluster = AsyncDisposable & {
   /** The relays, by their ids. */
   relays: Map<string, RelayProcess>;
   ids: string[];
+  /** Starts a relay again. */
+  start(id: string): Promise<void>;
   /** Starts another nginx, that opens all new sockets and asks all codes at these relays first. @returns its URL */
   entrance(...ids: string[]): Promise<string>;
   /** A client in a new room, on each of the relays, through nginx. */
@@ -32,9 +34,11 @@ async function startCluster(env: Record<string, string> = {}): Promise<Cluster> 
   const directory = stack.use(await temporaryDirectory("cluster")).path;
   const ids = IDS.map(() => `${freePort()}`);
   const peers = { PEERS: ids.join(), PEER_ADDRESS: "127.0.0.1:{id}", HOST: "127.0.0.1" };
-  const start = (id: string) => RelayProcess.start({ ...peers, PORT: id, INSTANCE_ID: id, ...env });
   const relays = new Map<string, RelayProcess>();
-  for (const relay of await Promise.all(ids.map(start))) relays.set(`${relay.port}`, stack.use(relay));
+  const start = async (id: string) => {
+    relays.set(id, stack.use(await RelayProcess.start({ ...peers, PORT: id, INSTANCE_ID: id, ...env })));
+  };
+  await Promise.all(ids.map(start));
   const relaysConf = (await read("nginx-relays.conf")).replace(
     /(?<=127\.0\.0\.1:)450\d/g,
     (id) => ids[IDS.indexOf(id)] as string,
@@ -59,6 +63,7 @@ async function startCluster(env: Record<string, string> = {}): Promise<Cluster> 
     nginx: proxy,
     relays,
     ids,
+    start,
     entrance: async (...chosen) => (await entrance(...chosen)).url,
     async hosts() {
       return Promise.all(
@@ -299,6 +304,10 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
       status: 302,
       location: "/elsewhere/x?a=1",
     });
+
+    await cluster.start(lost.id);
+    const again = await Client.open(`${cluster.url}/?instance=${lost.id}`);
+    expect(await again.ask({ type: "create", clientId: "host", maxClients: 2 })).toMatchObject({ instance: lost.id });
   });
 
   test("drain one after another: its party goes on, newcomers meet the others, nobody is refused", async () => {
