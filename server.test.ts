@@ -1109,6 +1109,20 @@ describe("misses", () => {
   });
 });
 
+describe("an address", () => {
+  test("behind a proxy is one however it is spelled: an IPv6 network, or IPv4 mapped into IPv6", async () => {
+    await using relay = testRelay({ addressHeader: "X-Forwarded-For", maxMissesPerMinute: 1 });
+    const look = async (from: string) =>
+      (await fetch(`${relay.url}/room/zzzzzz`, { headers: { "X-Forwarded-For": from } })).status;
+    for (const from of ["2001:db8:1:2::1", "2001:DB8:1:2:3::9"]) await look(from);
+    expect(await look("2001:db8:1:2:ffff:ffff:ffff:ffff")).toBe(429);
+    expect(await look("2001:db8:2:2::1")).toBe(404);
+    for (const from of ["::ffff:192.0.2.1", "192.0.2.1"]) await look(from);
+    expect(await look("::FFFF:c000:201")).toBe(429);
+    expect(await look("::ffff:192.0.2.2")).toBe(404);
+  });
+});
+
 describe("a busy relay", () => {
   /** Two members, and a host who just told the other so much that the relay is busy with the next frame. */
   async function busy() {

@@ -401,16 +401,18 @@ const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
 
-// A unit of work is one frame handled or delivered, or 2 KiB of it: 0.3 to 1 µs where frames share system calls, up to 5 where not.
+// A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const TURN_WORK = 10_000; // in one turn, shared by the rooms: some 5 ms
-const LEAST_SHARE = 500; // of one room, however many there are: 60 frames among 8 members
+const SLICE_BYTES = 8 * MIB; // that go to a room without a look at memory
+const CALL_WORK = 6; // a system call: one for each member to whom a room's frames of a turn go
+const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
+const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
 const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
 const GOODBYE_MS = 5_000; // what is left of a socket that closed properly gets this long to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // a turn of this length has let frames gather by itself
-const REST_ABOVE = 80; // units of work a millisecond: from about a third of a core on, resting pays
+const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const REST_WINDOW_MS = 20; // over which that rate is taken
 
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
@@ -866,6 +868,7 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
   const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
+  relay.turns.deliveries += receivers;
   relay.turns.work += receivers * (1 + bytes / WORK_BYTES);
   return bytes;
 }
@@ -877,8 +880,27 @@ function write(socket: Socket, frame: string): void {
 /** Sends a frame to the room's members, all but `except`. */
 function publish(room: Room, frame: string, except?: Socket): void {
   const { relay, code, connected } = room;
+  const receivers = connected.size - (except === undefined ? 0 : 1);
+  if (frame.length * receivers > SLICE_BYTES) return publishInSlices(room, frame, except);
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
-  room.published += delivered(relay, connected.size - (except === undefined ? 0 : 1), sent, frame);
+  room.published += delivered(relay, receivers, sent, frame);
+  relay.turns.wake(room.flow, receivers);
+}
+
+/** Sends a frame of which too much might have to be kept for members that don't read; so memory is looked at in between. */
+function publishInSlices(room: Room, frame: string, except?: Socket): void {
+  const { relay } = room;
+  let unseen = 0;
+  for (const socket of [...room.connected.values()]) {
+    if (socket === except || socket.data.slot?.room !== room) continue;
+    const bytes = delivered(relay, 1, socket.sendText(frame), frame);
+    unseen += bytes;
+    if (unseen < SLICE_BYTES) continue;
+    unseen = 0;
+    relay.turns.settle(); // the room is in debt now: the others hear of who is cut when they all have this frame
+    relay.memory.look();
+  }
+  room.published += Buffer.byteLength(frame);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -1449,6 +1471,8 @@ class Flow {
   credit = 0;
   /** The turn of which `credit` is. */
   turn = -1;
+  /** The turn in which its members were sent something last. */
+  wokenIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
   /** Who left the room while there was no credit to say so. They come before any frame. */
@@ -1473,6 +1497,8 @@ class Flow {
 class Turns {
   /** Units of work done so far. Frames out add what they deliver. */
   work = 0;
+  /** Frames delivered so far. */
+  deliveries = 0;
   readonly #config: Config;
   readonly #relay: Relay;
   #turn = 0;
@@ -1486,13 +1512,15 @@ class Turns {
   #hadLarge = false;
   /** The flow that the frame in hand is charged to. */
   #payer: Flow | undefined;
+  /** The work for which somebody has been charged. */
+  #settledAt = 0;
   /** Flows that are behind, in rotation. */
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
-  /** The work until `#rateSince`. */
+  /** The deliveries until `#rateSince`. */
   #rateFrom = 0;
   #rateSince = 0;
 
@@ -1526,9 +1554,22 @@ class Turns {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
   }
 
+  /** Counts the system calls of a room's first broadcast in a turn; later ones share them. */
+  wake(flow: Flow, receivers: number): void {
+    if (flow.wokenIn === this.#turn) return;
+    flow.wokenIn = this.#turn;
+    this.work += CALL_WORK * receivers;
+  }
+
   /** Charges the frame in hand to another flow than its socket's. */
   charge(flow: Flow): void {
     this.#payer = flow;
+  }
+
+  /** Charges what the frame in hand has cost so far. */
+  settle(): void {
+    if (this.#payer !== undefined) this.#payer.credit -= this.work - this.#settledAt;
+    this.#settledAt = this.work;
   }
 
   /** Tells a room's members who left, within the room's share. */
@@ -1637,20 +1678,19 @@ class Turns {
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
     if (this.#hadLarge) return false;
     this.#hadLarge = true;
-    if (flow.room !== undefined) this.#relay.memory.makeWay(flow.room, frame.length);
     return true;
   }
 
   #handle(socket: Socket, frame: string | Buffer, flow: Flow, now: number): void {
-    const before = this.work++;
     let waitsFor: Flow | undefined;
     this.#payer = flow;
+    this.#settledAt = this.work++;
     try {
       waitsFor = dispatch(socket, frame);
     } catch (error) {
       crashed(socket, error);
     }
-    this.#payer.credit -= this.work - before;
+    this.settle();
     this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
     this.takeToken(socket, now);
@@ -1707,8 +1747,8 @@ class Turns {
   #restIfBusy(now: number): void {
     const elapsed = now - this.#rateSince;
     if (elapsed >= REST_WINDOW_MS) {
-      this.#isBusy = this.work - this.#rateFrom > elapsed * REST_ABOVE;
-      this.#rateFrom = this.work;
+      this.#isBusy = this.deliveries - this.#rateFrom > elapsed * REST_ABOVE;
+      this.#rateFrom = this.deliveries;
       this.#rateSince = now;
     }
     if (this.#isBusy && now - this.#begunAt < LONG_TURN_MS) this.#config.clock.rest(REST_MS);
@@ -1868,28 +1908,21 @@ class Memory {
   constructor(relay: Relay) {
     this.#relay = relay;
     this.#base = relay.config.memory();
-    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.#look());
+    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.look());
   }
 
   /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
   lookIfMuchWasSent(): void {
-    if (this.#relay.bytesOut > this.#lookAtBytesOut) this.#look();
+    if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
   }
 
-  /** Before a large frame goes to a room: what can't leave at once has to fit. @param bytes of the frame */
-  makeWay(room: Room, bytes: number): void {
-    let kept = 0;
-    for (const socket of room.connected.values()) if (socket.getBufferedAmount() > 0) kept += bytes;
-    if (kept > 0) this.#look(kept);
-  }
-
-  /** @returns in how many ms to look again */
-  #look(expected = 0): number {
+  /** Cuts what is above the limit. @returns in how many ms to look again */
+  look(): number {
     const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
     if (limit === 0) return LOOK_MOST_MS;
     const now = clock.now();
     let used = memory();
-    if (used + expected > limit && now >= this.#collectedAt + EFFECT_MS) {
+    if (used > limit && now >= this.#collectedAt + EFFECT_MS) {
       this.#collectedAt = now;
       Bun.gc(true); // garbage is nobody's
       used = memory();
@@ -1897,7 +1930,7 @@ class Memory {
     this.isShort = used > limit;
     this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
     this.#cuts = this.#cuts.filter(({ until }) => until > now);
-    const excess = used + expected - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
+    const excess = used - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
     return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
   }

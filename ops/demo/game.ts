@@ -3,9 +3,10 @@
  * takes from nobody else; a guest only ever says its name and that it pressed. What others send is checked here.
  */
 
-/** Guests that one room takes: a colour for each. */
-export const MAX_PLAYERS = 12;
-export const NAME_LENGTH = 16; // characters; fits the list on a phone
+/** Guests that one room takes. From the thirteenth on they share colours. */
+export const MAX_PLAYERS = 24;
+export const NAME_LENGTH = 16; // characters as people count them; fits the list on a phone
+export const NAME_UNITS = 48; // as JavaScript counts them: four families; the names of a full room fit its state
 export const QUESTION_LENGTH = 140; // characters; readable from the sofa
 
 /** Label, background and text colour of a slot; the two contrast by 4.5 or more. */
@@ -24,6 +25,8 @@ export const COLOURS = [
   { label: "Sand", back: "#d9b98a", text: "#1d1304" },
 ] as const;
 
+const PHASES = ["lobby", "ready", "open", "won", "over"] as const;
+
 export type Player = {
   /** What the player calls itself; may be empty. */
   name: string;
@@ -32,7 +35,7 @@ export type Player = {
 };
 
 export type Game = {
-  phase: "lobby" | "ready" | "open" | "won";
+  phase: (typeof PHASES)[number];
   /** Names one opening of the buzzer. It can't be guessed, so nobody presses before it is open. */
   round: string;
   question: string;
@@ -54,14 +57,34 @@ export function newRound(): string {
   return Array.from(crypto.getRandomValues(new Uint32Array(3)), (part) => part.toString(36)).join("");
 }
 
-/** @returns the player in that slot, added where it is new */
+/** @returns the player in that slot, added if it is new */
 export function playerOf(game: Game, slot: number): Player {
   return (game.players[slot] ??= { name: "", score: 0 });
 }
 
-/** @returns the slots that have a player, ascending */
+/** @returns the slots that have a player: by score, the best first, those who joined first before others; who was kicked, last */
 export function slotsOf(game: Game): number[] {
-  return Object.keys(game.players).map(Number);
+  const order = (slot: number) => (game.players[slot]!.kicked ? -1 : game.players[slot]!.score);
+  const slots = Object.keys(game.players).map(Number);
+  return slots.sort((a, b) => order(b) - order(a) || a - b);
+}
+
+/** @returns who plays, by score, with their places; equal scores share one */
+export function standings(game: Game): { slot: number; place: number; score: number }[] {
+  const playing = slotsOf(game).filter((slot) => !game.players[slot]!.kicked);
+  const scores = playing.map((slot) => game.players[slot]!.score);
+  return playing.map((slot, i) => ({ slot, place: 1 + scores.indexOf(scores[i]!), score: scores[i]! }));
+}
+
+/** @returns the slots that won; none if nobody has a point */
+export function winners(game: Game): number[] {
+  return standings(game).flatMap(({ slot, place, score }) => (place === 1 && score > 0 ? [slot] : []));
+}
+
+/** The same players start anew. */
+export function rematch({ players }: Game): Game {
+  const anew = Object.entries(players).map(([slot, player]) => [slot, { ...player, score: 0 }]);
+  return { ...newGame(), phase: "ready", players: Object.fromEntries(anew) };
 }
 
 export function colourOf(slot: number): (typeof COLOURS)[number] {
@@ -85,26 +108,34 @@ export function wins(game: Game, from: number, data: unknown): boolean {
   return game.round !== "" && isObject(data) && data.press === game.round;
 }
 
-/** @returns the name that a guest's message gives, or undefined where it gives none */
+/** @returns the name that a guest's message gives, or undefined if it gives none */
 export function parseName(data: unknown): string | undefined {
   return isObject(data) && typeof data.name === "string" ? cleanName(data.name) : undefined;
 }
 
-/** One line, no control or direction characters, no towers of accents, at most NAME_LENGTH characters. */
+const characters = new Intl.Segmenter(); // a family, a flag or a letter with its accents is one
+const EMOJI = /^\p{RGI_Emoji}$/v;
+
+/** One line, no control or direction characters, no towers of accents; emoji stay whole. At most NAME_LENGTH characters. */
 export function cleanName(text: string): string {
-  const line = text
-    .slice(0, 200)
-    .replace(/\s+/g, " ")
-    .replace(/\p{C}|\p{Zl}|\p{Zp}/gu, "");
-  const plain = line.replace(/(\p{M}{2})\p{M}+/gu, "$1").trim();
-  return [...plain].slice(0, NAME_LENGTH).join("").trim();
+  const line = text.slice(0, 500).replace(/\s+/g, " ").trimStart();
+  let name = "";
+  let count = 0;
+  for (const { segment } of characters.segment(line)) {
+    const plain = segment.replace(/\p{C}|\p{Zl}|\p{Zp}/gu, "").replace(/(\p{M}{2})\p{M}+/gu, "$1");
+    const character = EMOJI.test(segment) ? segment : plain;
+    if (character === "") continue;
+    if (++count > NAME_LENGTH || name.length + character.length > NAME_UNITS) break;
+    name += character;
+  }
+  return name.trim();
 }
 
-/** @returns the game in a state, or undefined where it is none */
+/** @returns the game in a state, or undefined if it is none */
 export function parseGame(data: unknown): Game | undefined {
   if (!isObject(data) || !isObject(data.players) || !Array.isArray(data.out)) return undefined;
   const { phase, round, question, winner, reactionMs } = data;
-  if (phase !== "lobby" && phase !== "ready" && phase !== "open" && phase !== "won") return undefined;
+  if (!isPhase(phase)) return undefined;
   if (typeof round !== "string" || typeof question !== "string" || !isAmount(reactionMs)) return undefined;
   if (winner !== null && !isSlot(winner)) return undefined;
   const players: Game["players"] = {};
@@ -121,20 +152,44 @@ export function parseGame(data: unknown): Game | undefined {
   return { phase, round, question: question.slice(0, QUESTION_LENGTH), winner, reactionMs, out, players };
 }
 
-/** The relay's codes: six characters of base58, in which no two look alike. */
-export function isCode(text: string): boolean {
-  return /^[1-9A-HJ-NP-Za-km-z]{6}$/.test(text);
+/** Where to go: the code of a room and, for a player who goes on with another phone, the token of an offer. */
+export type Invitation = { code: string; claim?: string };
+
+/** @returns the room in what a guest typed, pasted or scanned: a code, spaced or not, or a link that ends with one */
+export function findInvitation(text: string): Invitation | undefined {
+  const [, code, claim] = /(?:^|[#=/])([1-9A-HJ-NP-Za-km-z]{6})(?:\.([\w-]{22}))?$/.exec(text.trim()) ?? [];
+  if (code) return { code, ...(claim && { claim }) };
+  const compact = text.replace(/[\s-]/g, "");
+  return compact === text ? undefined : findInvitation(compact);
 }
 
-/** @returns the code in what a guest typed or pasted: a code, spaced or not, or a link that ends with one */
-export function findCode(text: string): string | undefined {
-  const [, linked] = /[#=/]([1-9A-HJ-NP-Za-km-z]{6})\s*$/.exec(text) ?? [];
-  const code = linked ?? text.replace(/[\s-]/g, "");
-  return isCode(code) ? code : undefined;
+/** @returns the end of a link to this page that `findInvitation` understands */
+export function hashOf({ code, claim }: Invitation): string {
+  return `#${code}${claim ? `.${claim}` : ""}`;
+}
+
+/** The characters that people take others for, which is why no code has them. */
+const MISREAD: Record<string, string> = {
+  0: "0 (zero): try a small o.",
+  O: "capital O: try a small o.",
+  I: "capital I: try 1, or a small i.",
+  l: "small L: try 1, a capital L, or a small i.",
+};
+
+/** @returns what keeps a text from being a code, for people */
+export function faultOf(text: string): string {
+  const typed = [...text.replace(/[\s-]/g, "")];
+  const misread = [...new Set(typed)].flatMap((character) => MISREAD[character] ?? []);
+  if (misread.length > 0) return misread.map((what) => `No code has a ${what}`).join("\n");
+  if (typed.length !== 6) return `A code has six characters, this has ${typed.length}.`;
+  return "A code has only letters and digits.";
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+function isPhase(value: unknown): value is Game["phase"] {
+  return (PHASES as readonly unknown[]).includes(value);
 }
 function isSlot(value: unknown): value is number {
   return Number.isSafeInteger(value) && (value as number) >= 0;

@@ -1,6 +1,6 @@
 /** The screen that everybody looks at: it creates the room, asks, and keeps the game as the room's state. */
 import {
-  colourOf,
+  hashOf,
   labelOf,
   MAX_PLAYERS,
   newGame,
@@ -9,23 +9,41 @@ import {
   parseName,
   playerOf,
   QUESTION_LENGTH,
+  rematch,
   slotsOf,
+  winners,
   wins,
   type Game,
 } from "./game.ts";
-import { connect } from "./party.ts";
-import { announce, banner, byId, Close, setQuestion, setText, twice, watchHealth, type Place, type Screen } from "./ui.ts";
+import { CloseCode, connect } from "./party.ts";
+import { playerList } from "./players.ts";
+import {
+  announce,
+  banner,
+  byId,
+  closeSheet,
+  enable,
+  openSheet,
+  paint,
+  setQr,
+  setQuestion,
+  setText,
+  showStandings,
+  twice,
+  watchHealth,
+  type Notice,
+  type Place,
+  type Screen,
+} from "./ui.ts";
 
 const LINGER_SECONDS = 120; // alone in the room, and away to send the code to somebody
 const GRACE_SECONDS = 300; // before guests are told that the host doesn't come back
 const BACK_MS = 4_000; // how long a player is shown as back rather than here
-const PLAYERS_KEPT = 60; // those who are gone included; the state stays well below what the relay takes
+const PLAYERS_KEPT = 60; // those who are gone included; the state stays below what the relay takes
 const NAMES_MS = 200; // names that come within this go out together
 
-type Presence = "here" | "away" | "back" | "left";
-
-/** @param end called with what to tell when the game is over */
-export function hostScreen(place: Place, end: (message: string) => void): Screen {
+/** @param end called with what to tell when the room is gone */
+export function hostScreen(place: Place, end: (notice: Notice) => void): Screen {
   const create = { maxClients: MAX_PLAYERS + 1, linger: LINGER_SECONDS, hostGrace: GRACE_SECONDS };
   const party = connect({ url: place.relay, create });
   let game = newGame();
@@ -34,13 +52,18 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
   let locked = false;
   let openedAt = 0;
   let namesTimer: ReturnType<typeof setTimeout> | undefined;
-  const presence = new Map<number, Presence>();
-  const rows = new Map<number, HTMLLIElement>();
+  const back = new Set<number>(); // who came back a moment ago
+  const renderList = playerList(about);
+
+  const isOpen = () => party.status().state === "open";
+  /** Slots that play at the moment. */
+  const here = () => party.members().flatMap(({ index, away, me }) => (away || me ? [] : [index]));
+  const joinUrl = () => place.page + "/" + hashOf({ code: room });
 
   function publish(): void {
     clearTimeout(namesTimer);
     namesTimer = undefined;
-    if (party.status().state === "open") party.command({ type: "set_state", data: game });
+    if (isOpen()) party.command({ type: "set_state", data: game });
     render();
   }
   function change(next: Partial<Game>): void {
@@ -56,16 +79,15 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
     if (game.phase === "open") openRound(game.question, game.out);
     else publish();
   }
-  function arrive(slot: number, how: Presence): void {
-    presence.set(slot, how);
+  function arrive(slot: number): void {
     playerOf(game, slot);
-    const gone = slotsOf(game).filter((known) => !here().includes(known));
-    if (slotsOf(game).length > PLAYERS_KEPT) delete game.players[gone[0]!];
+    const slots = slotsOf(game);
+    const gone = slots.findLast((other) => !here().includes(other) && other !== slot);
+    if (slots.length > PLAYERS_KEPT && gone !== undefined) delete game.players[gone];
   }
 
   party.on("created", (message) => {
     game = newGame();
-    presence.clear();
     locked = false;
     known = true;
     if (room) banner("The relay restarted: this is a new room, and everybody needs the new code.", dismiss);
@@ -75,8 +97,7 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
   party.on("joined", (message) => {
     room = message.room;
     locked = message.locked === true;
-    for (const slot of presence.keys()) if (!message.peers.includes(slot)) presence.set(slot, "away");
-    for (const slot of message.peers) arrive(slot, "here");
+    message.peers.forEach(arrive);
     if (known) resume();
     else render();
   });
@@ -89,19 +110,19 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
     resume();
   });
   party.on("peer_joined", ({ index, resumed }) => {
-    arrive(index, resumed ? "back" : "here");
+    arrive(index);
     announce(`${labelOf(game, index)} ${resumed ? "is back" : "joined"}`);
     if (resumed) {
+      closeSheet(); // which shows how to come back
+      back.add(index);
       setTimeout(() => {
-        if (presence.get(index) !== "back" || party.status().state === "closed") return;
-        presence.set(index, "here");
-        render();
+        back.delete(index);
+        if (party.status().state !== "closed") render();
       }, BACK_MS);
     }
     publish();
   });
   party.on("peer_left", ({ index, reason }) => {
-    presence.set(index, reason === "left" ? "left" : "away");
     announce(`${labelOf(game, index)} ${reason === "kicked" ? "was kicked" : reason ? "left" : "is away"}`);
     render();
   });
@@ -122,12 +143,13 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
     }
   });
   party.on("error", ({ message }) => banner(`The relay refused that: ${message}.`, dismiss));
-  party.on("status", (status) => {
-    if (status.state === "closed" && status.code === Close.REPLACED) {
+  party.on("status", ({ state, code, reason }) => {
+    if (state !== "closed") return render();
+    if (code === CloseCode.REPLACED) {
       banner("This game went on in another tab.", { label: "Host here", run: () => location.reload() });
-    } else if (status.state === "closed" && status.code !== "closed") {
-      end(status.code === Close.ROOM_CLOSED ? "The game is over." : `The relay didn't let this screen in: ${status.reason}.`);
-    }
+      render();
+    } else if (code === CloseCode.ROOM_CLOSED) end({ text: "The game is over. Thanks for playing!" });
+    else if (code !== "closed") end({ text: `The relay didn't let this screen in: ${reason}.`, trouble: true });
   });
   watchHealth(party);
 
@@ -135,7 +157,6 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
   const question = byId<HTMLInputElement>("question");
   question.maxLength = QUESTION_LENGTH;
   byId("start").onclick = () => {
-    if (here().length === 0) return;
     party.command({ type: "set_room", locked: true });
     change({ phase: "ready" });
   };
@@ -154,8 +175,13 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
     if (here().some((slot) => !out.includes(slot))) openRound(game.question, out);
     else change({ phase: "ready", winner: null });
   };
+  byId("again").onclick = () => change(rematch(game));
   byId("lock").onclick = () => party.command({ type: "set_room", locked: !locked });
-  twice(byId<HTMLButtonElement>("finish"), "Really end it?", () => party.command({ type: "close_room" }));
+  twice(byId("finish"), "Really end it?", () => {
+    if (game.phase === "lobby") party.command({ type: "close_room" });
+    else change({ phase: "over", winner: null });
+  });
+  twice(byId("close"), "Really close it?", () => party.command({ type: "close_room" }));
   byId("copy").onclick = async () => {
     const copied = await navigator.clipboard?.writeText(joinUrl()).then(
       () => true,
@@ -164,43 +190,83 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
     setText(byId("copy"), copied ? "Copied" : "Copying isn't allowed here");
     setTimeout(() => setText(byId("copy"), "Copy the link"), 2_000);
   };
+  byId("showQr").onclick = () => openSheet("Join the game", joinUrl(), joinUrl());
+  // After a click beside the buttons, Enter still means what it meant: the phase's main button.
+  const onKey = (event: KeyboardEvent) => {
+    if (event.key !== "Enter" || event.target !== document.body) return;
+    event.preventDefault(); // or the key goes on to what gets the focus next
+    byId(firstOf(game)).click();
+  };
+  addEventListener("keydown", onKey);
 
-  const joinUrl = () => `${place.page}/#${room}`;
-  /** Slots that play at the moment. */
-  function here(): number[] {
-    return [...presence.keys()].filter((slot) => ["here", "back"].includes(presence.get(slot)!));
+  /** Shows what the host can do for, or against, a player. */
+  async function about(slot: number): Promise<void> {
+    const name = labelOf(game, slot);
+    const kick = {
+      label: `Kick ${name}`,
+      run: () => {
+        playerOf(game, slot).kicked = true;
+        party.command({ type: "kick", index: slot });
+        publish();
+      },
+    };
+    if (here().includes(slot)) {
+      return openSheet(name, "To go on with another phone, press “Another phone” on the one that plays now.", undefined, kick);
+    }
+    try {
+      const { token } = await party.offer(slot);
+      const link = place.page + "/" + hashOf({ code: room, claim: token });
+      openSheet(name, `Whoever scans this goes on as ${name}, once and within five minutes.`, link, kick);
+    } catch {
+      openSheet(name, `${name} can't come back with another phone at the moment.`, undefined, kick);
+    }
   }
 
   function render(): void {
-    const screen = byId("host");
-    const moved = screen.dataset.phase !== undefined && screen.dataset.phase !== game.phase;
+    const screen = byId("hosting");
+    const before = screen.dataset.phase;
     screen.dataset.phase = game.phase;
-    renderInvite();
     const count = here().length;
     const waiting = room ? "Waiting for the first player" : "Waiting for the relay";
-    setText(byId("headcount"), count === 0 ? waiting : `${count} in. Everybody there?`);
-    byId("start").setAttribute("aria-disabled", String(count === 0));
+    setText(byId("headcount"), !isOpen() ? "No connection" : count === 0 ? waiting : `${count} in. Everybody there?`);
+    byId("waiting").classList.toggle("still", !isOpen());
+    setText(byId("waiting"), isOpen() ? "The buzzer is open" : "No connection: the question starts again later");
+    for (const id of ["open", "shut", "right", "wrong", "again", "close", "lock", "finish"]) enable(id, isOpen());
+    enable("start", isOpen() && count > 0);
     for (const asked of screen.querySelectorAll(".asked")) setQuestion(asked, game.question);
     if (game.winner !== null) {
-      const { back, text } = colourOf(game.winner);
       const winner = byId("winner");
-      winner.style.setProperty("--back", back);
-      winner.style.setProperty("--text", text);
+      paint(winner, game.winner);
       setText(winner.querySelector("b")!, labelOf(game, game.winner));
       setText(winner.querySelector("span")!, `was first, after ${(game.reactionMs / 1000).toFixed(2)} s`);
     }
-    renderPlayers();
-    setText(byId("lock"), locked ? "Unlock the room" : "Lock the room");
-    byId("locked").hidden = !locked;
-    byId("openToAll").hidden = locked;
+    renderInvite();
+    renderList(game, (slot) => (here().includes(slot) ? (back.has(slot) ? "back" : "here") : "away"), isOpen());
+    setText(byId("count"), String(count));
+    setText(byId("lock"), locked ? "Unlock room" : "Lock room");
+    if (game.phase === "over") {
+      setText(byId("verdict"), verdict(game));
+      const [first, ...others] = winners(game);
+      if (first !== undefined && others.length === 0) paint(byId("verdict"), first);
+      else byId("verdict").removeAttribute("style");
+      showStandings(byId("standings"), game);
+    }
     // The control that had the focus is gone with its phase: the next one takes it.
-    const first = { lobby: "start", ready: "question", open: "shut", won: "right" }[game.phase];
-    if (moved) byId(first).focus({ preventScroll: true });
+    if (before !== game.phase) {
+      byId(firstOf(game)).focus({ preventScroll: true });
+      if (game.phase === "over") announce(verdict(game));
+    }
   }
   function renderInvite(): void {
+    const address = place.page.replace(/^https?:\/\//, "");
+    const shut = "Locked: only who was in comes back.";
     const link = byId<HTMLAnchorElement>("joinLink");
-    link.href = joinUrl();
-    setText(link, place.page.replace(/^https?:\/\//, ""));
+    setText(link, address);
+    setText(byId("scan"), locked ? shut : "Scan it with a phone, or open");
+    setText(byId("where"), locked ? shut : `Join at ${address}`);
+    setText(byId("stripCode"), room);
+    byId("showQr").hidden = locked;
+    byId("invite").dataset.ready = String(room !== "");
     const code = byId("code");
     if (code.dataset.code === room) return;
     code.dataset.code = room;
@@ -213,62 +279,36 @@ export function hostScreen(place: Place, end: (message: string) => void): Screen
         return tile;
       }),
     );
-  }
-  function renderPlayers(): void {
-    const list = byId("players");
-    const slots = slotsOf(game);
-    for (const [slot, row] of rows) {
-      if (slots.includes(slot)) continue;
-      row.remove();
-      rows.delete(slot);
-    }
-    for (const slot of slots) {
-      const next = slots.find((other) => other > slot && rows.has(other));
-      const row = rows.get(slot) ?? list.insertBefore(newRow(slot), next === undefined ? null : rows.get(next)!);
-      rows.set(slot, row);
-      const player = playerOf(game, slot);
-      const status = player.kicked ? "kicked" : (presence.get(slot) ?? "away");
-      row.dataset.status = status;
-      row.classList.toggle("first", game.winner === slot);
-      setText(row.querySelector(".name")!, labelOf(game, slot));
-      setText(row.querySelector(".status")!, game.out.includes(slot) && status === "here" ? "out" : status);
-      setText(row.querySelector(".score")!, String(player.score));
-      row.querySelector("button")!.setAttribute("aria-label", `Kick ${labelOf(game, slot)}`);
-      row.querySelector("button")!.hidden = player.kicked === true;
-    }
-    setText(byId("count"), String(here().length));
-    byId("nobody").hidden = slots.length > 0;
-  }
-  function newRow(slot: number): HTMLLIElement {
-    const row = document.createElement("li");
-    const { back } = colourOf(slot);
-    row.style.setProperty("--back", back);
-    for (const name of ["swatch", "name", "status", "score"]) {
-      row.appendChild(document.createElement("span")).className = name;
-    }
-    const kick = row.appendChild(document.createElement("button"));
-    kick.type = "button";
-    kick.className = "small";
-    kick.textContent = "Kick";
-    twice(kick, "Sure?", () => {
-      playerOf(game, slot).kicked = true;
-      party.command({ type: "kick", index: slot });
-      publish();
-    });
-    return row;
+    if (!room) return;
+    link.href = joinUrl();
+    setQr(byId("qr"), joinUrl());
   }
 
-  byId("host").hidden = false;
-  delete byId("host").dataset.phase;
-  byId("players").replaceChildren();
+  byId("hosting").hidden = false;
+  delete byId("hosting").dataset.phase;
   render();
   return {
     close() {
       clearTimeout(namesTimer);
+      removeEventListener("keydown", onKey);
+      closeSheet();
       party.close();
-      byId("host").hidden = true;
+      byId("hosting").hidden = true;
     },
   };
+}
+
+/** The control that a phase is mostly about. */
+function firstOf({ phase }: Game): string {
+  return { lobby: "start", ready: "question", open: "shut", won: "right", over: "again" }[phase];
+}
+
+/** Who won, for all to read. */
+function verdict(game: Game): string {
+  const names = winners(game).map((slot) => labelOf(game, slot));
+  if (names.length === 0) return "Nobody scored";
+  if (names.length > 3) return `${names.length} share the first place`;
+  return `${new Intl.ListFormat("en").format(names)} ${names.length === 1 ? "wins" : "win"}`;
 }
 
 function spoken(character: string): string {

@@ -1,23 +1,17 @@
-/** Chooses the screen by the address: `#host`, `#CODE` or `?room=CODE`, or the form for a code. */
-import { findCode, isCode, NAME_LENGTH } from "./game.ts";
+/** Chooses the screen by the address: `#host`, `#CODE` (`#CODE.TOKEN` from another phone) or `?room=CODE`, or the start page. */
+import { cleanName, faultOf, findInvitation, hashOf, NAME_UNITS } from "./game.ts";
 import { guestScreen } from "./guest.ts";
 import { hostScreen } from "./host.ts";
-import { banner, byId, setText, type Place, type Screen } from "./ui.ts";
+import { banner, byId, setText, type Notice, type Place, type Screen } from "./ui.ts";
 
 const codeInput = byId<HTMLInputElement>("codeInput");
 const nameInput = byId<HTMLInputElement>("nameInput");
-for (const input of [nameInput, byId<HTMLInputElement>("myName")]) input.maxLength = NAME_LENGTH;
+nameInput.maxLength = NAME_UNITS;
 let place: Place;
 let screen: Screen | undefined;
 let shown = "";
 
-/** Goes to another screen of this page; the address says which, so that a reload shows it again. */
-function go(hash: string, trouble = ""): void {
-  history.pushState(null, "", location.pathname + hash);
-  show(trouble);
-}
-
-function show(trouble = ""): void {
+function show(notice?: Notice): void {
   shown = location.href;
   screen?.close();
   screen = undefined;
@@ -25,36 +19,42 @@ function show(trouble = ""): void {
   byId("link").hidden = true;
   byId("home").hidden = true;
   const asked = location.hash.slice(1) || new URLSearchParams(location.search).get("room") || "";
-  const end = (message: string, name = nameInput.value) => {
+  const invitation = findInvitation(asked);
+  /** Leaves a screen whose room is no more: its address isn't one to come back to. */
+  const end = (why: Notice, name = nameInput.value) => {
     nameInput.value = name;
-    go("", message);
+    history.replaceState(null, "", location.pathname);
+    show(why);
   };
   if (asked === "host") screen = hostScreen(place, end);
-  else if (isCode(asked)) screen = guestScreen(place, asked, nameInput.value, end);
-  else home(trouble || (asked && `“${asked.slice(0, 20)}” is no room code.`));
+  else if (invitation) screen = guestScreen(place, invitation, cleanName(nameInput.value), end);
+  else home(notice ?? (asked ? { text: faultOf(asked), trouble: true, code: asked } : { text: "" }));
 }
 
-function home(trouble: string): void {
+function home({ text, trouble = false, code = "" }: Notice): void {
   byId("home").hidden = false;
-  setText(byId("trouble"), trouble);
-  byId("trouble").hidden = trouble === "";
-  codeInput.value = "";
+  codeInput.value = code;
+  note(text, trouble);
+}
+
+/** Says something on the start page, and points at what is wrong with the code there. */
+function note(text: string, trouble: boolean): void {
+  const notice = byId("notice");
+  notice.hidden = text === "";
+  notice.classList.toggle("trouble", trouble);
+  setText(notice, text);
+  codeInput.setAttribute("aria-invalid", String(trouble && codeInput.value !== ""));
   codeInput.focus();
+  const misread = codeInput.value.search(/[0OIl]/);
+  if (misread !== -1) codeInput.setSelectionRange(misread, misread + 1);
 }
 
 byId("joinForm").onsubmit = (event) => {
   event.preventDefault();
-  const code = findCode(codeInput.value);
-  if (code) go(`#${code}`);
-  else {
-    const typed = codeInput.value;
-    home("A code has six characters: digits and letters, but no 0, O, I or l.");
-    codeInput.value = typed;
-  }
-};
-byId("brand").onclick = (event) => {
-  event.preventDefault();
-  go("");
+  const invitation = findInvitation(codeInput.value);
+  if (!invitation) return note(faultOf(codeInput.value), true);
+  history.pushState(null, "", location.pathname + hashOf(invitation));
+  show();
 };
 // A link within the page fires both, and so does the browser's way back.
 for (const event of ["hashchange", "popstate"]) {

@@ -1,13 +1,51 @@
 import { describe, expect, test } from "bun:test";
-import type { ServerMessage } from "../../server.ts";
-import { testRelay } from "../shared/testing.ts";
-import { connect, type Events, type Options, type Party, type Status } from "./party.ts";
-import { spawnRelay } from "./testing.ts";
+import * as relay from "../../server.ts";
+import { RelayProcess } from "../shared/processes.ts";
+import { testRelay } from "../shared/relay.ts";
+import { PATIENCE_MS } from "../shared/wait.ts";
+import * as client from "./party.ts";
+import { connect, type Events, type Member, type Options, type Party, type ServerMessage, type Status } from "./party.ts";
+
+/** Whether two types are the same, down to what is optional. */
+type Same<A, B> = (<T>() => T extends A ? 1 : 2) extends <T>() => T extends B ? 1 : 2 ? true : false;
+
+describe("types", () => {
+  test("are the relay's", () => {
+    const same: [
+      Same<client.ClientMessage, relay.ClientMessage>,
+      Same<client.ServerMessage, relay.ServerMessage>,
+      Same<client.ErrorCode, relay.ErrorCode>,
+      Same<typeof client.CloseCode, typeof relay.CloseCode>,
+    ] = [true, true, true, true]; // the type checker says which one isn't
+    expect(same).not.toContain(false);
+    expect(client.CloseCode).toEqual(relay.CloseCode);
+  });
+
+  test("of one's own messages hold for what comes, goes, is asked and answered", () => {
+    type FromGuest = { press: string } | { name: string };
+    type FromHost = { score: number };
+    const use = (guest: Party<FromHost, FromGuest>, host: Party<FromGuest, FromHost>) => {
+      guest.on("message", ({ data }) => data.score.toFixed());
+      guest.send({ press: "a" }, { to: 0 });
+      // @ts-expect-error guests don't send scores
+      guest.send({ score: 1 });
+      // @ts-expect-error hosts get no scores
+      host.on("message", ({ data }) => data.score);
+      host.answer((data) => ("name" in data ? data.name : data.press));
+      // @ts-expect-error nor are they asked for any
+      void guest.ask<string>(0, { score: 1 });
+      void guest.ask<string>(0, { name: "Ann" }).then((answer) => answer.length);
+    };
+    const anyParty: (party: Party) => void = () => {};
+    const typed: (party: Party<FromHost, FromGuest>) => void = anyParty;
+    expect([use, typed]).toHaveLength(2); // the type checker is the test
+  });
+});
 
 /** A socket whose other end is the test. */
 class ScriptedSocket {
   readyState = 0;
-  readonly sent: any[] = [];
+  readonly frames: string[] = [];
   onopen?: () => void;
   onmessage?: (event: { data: string }) => void;
   onclose?: (event: { code: number; reason: string }) => void;
@@ -15,7 +53,7 @@ class ScriptedSocket {
   constructor(readonly url: string) {}
 
   send(frame: string): void {
-    this.sent.push(JSON.parse(frame));
+    this.frames.push(frame);
   }
   close(): void {
     this.readyState = 2;
@@ -33,6 +71,9 @@ class ScriptedSocket {
   end(code: number, reason = ""): void {
     this.readyState = 3;
     this.onclose?.({ code, reason });
+  }
+  get sent(): any[] {
+    return this.frames.map((frame) => JSON.parse(frame));
   }
   /** What was sent, but for pings. */
   get said(): any[] {
@@ -54,12 +95,13 @@ class TestStorage {
 class World {
   readonly sockets: ScriptedSocket[] = [];
   readonly sessionStorage = new TestStorage();
-  readonly document = new EventTarget();
+  readonly document = Object.assign(new EventTarget(), { visibilityState: "visible" });
   readonly window = new EventTarget();
   random = 0;
   #now = 0;
   #timers = new Map<number, { at: number; run: () => void }>();
   #lastTimer = 0;
+  #slept = 0;
 
   readonly env = {
     WebSocket: ((world) =>
@@ -69,7 +111,8 @@ class World {
           world.sockets.push(this);
         }
       })(this),
-    Math: { min: Math.min, random: () => this.random },
+    Math: Object.create(Math, { random: { value: () => this.random } }),
+    Date: { now: () => EPOCH + this.#now + this.#slept },
     performance: { now: () => this.#now },
     setTimeout: (run: () => void, ms: number) => {
       this.#timers.set(++this.#lastTimer, { at: this.#now + ms, run });
@@ -81,9 +124,33 @@ class World {
     sessionStorage: this.sessionStorage,
   } as unknown as typeof globalThis;
 
+  /** Passes time as it does for a device that sleeps: only the time of day goes on. */
+  sleep(ms: number): void {
+    this.#slept += ms;
+  }
+  /** Milliseconds since the test began. */
+  get now(): number {
+    return this.#now;
+  }
+  /** As the browser says it, to its window or its document. */
+  say(event: "online" | "offline" | "pagehide" | "pageshow" | "visible" | "hidden"): void {
+    const isVisibility = event === "visible" || event === "hidden";
+    if (isVisibility) this.document.visibilityState = event;
+    const target = isVisibility ? this.document : this.window;
+    target.dispatchEvent(new Event(isVisibility ? "visibilitychange" : event));
+  }
+  /** The latest socket is taken, and in the room. */
+  enter(message: ServerMessage = joined()): void {
+    this.socket.accept();
+    this.socket.say(message);
+  }
   /** The socket of the latest connection. */
   get socket(): ScriptedSocket {
     return this.sockets.at(-1)!;
+  }
+  /** As the relay does, at once. @param now what its clock says */
+  answerPing(now = EPOCH): void {
+    this.socket.say({ type: "pong", t: this.socket.sent.findLast(({ type }) => type === "ping").t, now });
   }
   connect(options: Partial<Options> = { room: CODE }): Party {
     return connect({ url: "wss://relay.example", env: this.env, ...options });
@@ -108,6 +175,7 @@ class World {
   }
 }
 
+const EPOCH = 1_700_000_000_000; // what this page takes for the time when a test begins
 const CODE = "K7bQx2";
 const joined = (index = 1, room = CODE): ServerMessage => ({ type: "joined", room, index, peers: [0] });
 const created = (room = CODE): ServerMessage => ({
@@ -290,32 +358,59 @@ describe("after a loss", () => {
       return waited;
     };
     expect([lose(), lose(), lose()]).toEqual([250, 500, 1000]);
-    world.socket.say({ type: "pong", now: 0 });
+    world.answerPing();
     world.advance(5000);
     expect(lose()).toBe(250);
   });
 
-  test.each(["visibilitychange", "online"])("tries at once on %s", (event) => {
+  test.each(["visible", "online"] as const)("tries at once on %s", (event) => {
     const { world } = joinedWorld();
     world.socket.end(1006);
-    (event === "online" ? world.window : world.document).dispatchEvent(new Event(event));
+    world.say(event);
     expect(world.sockets).toHaveLength(2);
-    (event === "online" ? world.window : world.document).dispatchEvent(new Event(event));
+    world.say(event);
     expect(world.sockets).toHaveLength(2); // it is on its way
   });
 
   test("hangs up when the page is put away, and comes back with the page", () => {
     const { world } = joinedWorld();
-    world.window.dispatchEvent(new Event("pagehide"));
+    world.say("pagehide");
     expect(world.socket.readyState).toBe(2);
-    world.window.dispatchEvent(new Event("pageshow"));
+    world.say("hidden"); // as browsers go on when a tab is closed
+    expect(world.sockets).toHaveLength(1);
+    world.say("pageshow");
     expect(world.sockets).toHaveLength(2);
+  });
+
+  test("stays in the room while the page is hidden", () => {
+    const { world, party } = joinedWorld();
+    const { length } = world.socket.sent;
+    world.say("hidden");
+    expect(party.status().state).toBe("open");
+    expect(world.socket.sent).toHaveLength(length);
+  });
+
+  test("believes the browser that it is offline, and comes back when it is online", () => {
+    const { world, party } = joinedWorld();
+    world.say("offline");
+    expect(party.status()).toMatchObject({ state: "waiting", code: 1006, reason: "offline" });
+    expect(world.socket.readyState).toBe(2);
+    world.say("online");
+    expect(world.sockets).toHaveLength(2);
+    world.say("offline"); // on its way
+    expect(party.status().state).toBe("waiting");
+  });
+
+  test("tries on while the browser says that it is offline: the relay may be nearer than the internet", () => {
+    const { world } = joinedWorld();
+    world.say("offline");
+    expect(world.wait()).toBe(250);
   });
 
   test.each([1008, 1012, 1013])("doesn't hurry where the relay closed with %d", (code) => {
     const { world } = joinedWorld();
     world.socket.end(code);
-    world.window.dispatchEvent(new Event("online"));
+    for (const event of ["offline", "online", "visible", "pageshow"] as const) world.say(event);
     expect(world.sockets).toHaveLength(1);
   });
 
@@ -331,8 +426,7 @@ describe("close codes", () => {
   test.each([4000, 4001, 4002])("%d is final", (code) => {
     const { world, party } = joinedWorld();
     world.socket.end(code, "for good");
-    world.document.dispatchEvent(new Event("visibilitychange"));
-    for (const event of ["online", "pagehide", "pageshow"]) world.window.dispatchEvent(new Event(event));
+    for (const event of ["visible", "online", "offline", "pagehide", "pageshow"] as const) world.say(event);
     world.wait();
     expect(world.sockets).toHaveLength(1);
     expect(party.status()).toEqual({ state: "closed", code, reason: "for good" });
@@ -366,7 +460,7 @@ describe("close codes", () => {
 });
 
 describe("refusals", () => {
-  test.each(["room_not_found", "room_full", "room_locked", "kicked", "bad_request"] as const)(
+  test.each(["room_not_found", "room_full", "room_locked", "kicked", "claim_not_found", "bad_request"] as const)(
     "%s is final for a guest",
     (code) => {
       const world = new World();
@@ -420,12 +514,12 @@ describe("refusals", () => {
     expect(world.socket.url).toContain("/Zz9zz9");
   });
 
-  test("a refusal in the room is an event, and ends nothing", () => {
+  test.each(["not_host", "peer_away", "peer_not_found"] as const)("%s in the room is an event, and ends nothing", (refusal) => {
     const { world, party } = joinedWorld();
     const codes: string[] = [];
     party.on("error", ({ code }) => codes.push(code));
-    world.socket.refuse("not_host");
-    expect(codes).toEqual(["not_host"]);
+    world.socket.refuse(refusal);
+    expect(codes).toEqual([refusal]);
     expect(party.status().state).toBe("open");
   });
 });
@@ -437,7 +531,7 @@ describe("half-open sockets", () => {
     party.on("latency", ({ ms }) => latencies.push(ms));
     for (let i = 0; i < 3; i++) {
       world.advance(40);
-      world.socket.say({ type: "pong", t: world.socket.sent.at(-1).t, now: 0 });
+      world.answerPing();
       world.advance(5000);
     }
     expect(latencies).toEqual([40, 40, 40]);
@@ -468,8 +562,8 @@ describe("half-open sockets", () => {
 
   test("asks at once when the page wakes", () => {
     const { world, party } = joinedWorld();
-    world.socket.say({ type: "pong", now: 0 });
-    world.document.dispatchEvent(new Event("visibilitychange"));
+    world.answerPing();
+    world.say("visible");
     world.advance(4000);
     expect(party.status().state).toBe("waiting");
   });
@@ -503,6 +597,233 @@ describe("messages sent while away", () => {
   });
 });
 
+describe("the age of what is sent while away", () => {
+  /** What arrives of that when the room is back after half a minute. */
+  function afterAWhile(options: Partial<Options>, send: (party: Party) => void): unknown[] {
+    const world = new World();
+    const party = world.connect({ room: CODE, ...options });
+    world.enter();
+    world.socket.end(1008);
+    send(party);
+    expect(world.wait()).toBe(30_000);
+    world.enter();
+    return world.socket.said.slice(1).map(({ data }) => data);
+  }
+
+  test("taps of 30 s ago don't arrive", () => {
+    const taps = (party: Party) => [1, 2, 3].forEach((tap) => party.send(tap));
+    expect(afterAWhile({}, taps)).toEqual([]);
+    expect(afterAWhile({ keepMs: 31_000 }, taps)).toEqual([1, 2, 3]);
+  });
+
+  test("is each message's own, if it has one", () => {
+    const mixed = (party: Party) => {
+      party.send("tap");
+      party.send("name", { keepMs: Infinity });
+      party.command({ type: "send", data: "long" }, 60_000);
+      expect(party.send("now or never", { keepMs: 0 })).toBe(false);
+    };
+    expect(afterAWhile({}, mixed)).toEqual(["name", "long"]);
+    expect(afterAWhile({ keepMs: 0 }, mixed)).toEqual(["name", "long"]);
+  });
+
+  test("is 5 s by default", () => {
+    const world = new World();
+    const party = world.connect();
+    party.send("stale");
+    world.advance(4_000);
+    party.send("fresh");
+    world.advance(1_000);
+    world.enter();
+    expect(world.socket.said.slice(1)).toEqual([{ type: "send", data: "fresh" }]);
+  });
+
+  test("makes room for newer ones", () => {
+    const world = new World();
+    const party = world.connect();
+    for (let i = 0; i < 11; i++) party.send("stale");
+    world.advance(5_000);
+    expect(party.send("fresh")).toBe(true);
+  });
+
+  test("goes by the time of day, as a device that sleeps stops the other clock", () => {
+    const world = new World();
+    const party = world.connect();
+    party.send("stale");
+    world.sleep(40_000);
+    world.enter();
+    expect(world.socket.said).toHaveLength(1);
+  });
+});
+
+test("sends in the order that the relay reads fastest: type, to, data", () => {
+  const { world, party } = joinedWorld();
+  const frames = () => world.socket.frames.filter((frame) => frame.includes('"send"'));
+  party.send({ x: 1 });
+  party.send({ x: 1 }, { to: 2 });
+  party.send("all", { echo: true });
+  party.send("some", { to: [1, 2], echo: undefined });
+  expect(frames()).toEqual([
+    '{"type":"send","data":{"x":1}}',
+    '{"type":"send","to":2,"data":{"x":1}}',
+    '{"type":"send","data":"all","echo":true}',
+    '{"type":"send","to":[1,2],"data":"some"}',
+  ]);
+});
+
+describe("members", () => {
+  /** `1me 4away`: what is known of each. */
+  const shown = (members: Member[]): string =>
+    members.map(({ index, away, me, host }) => `${index}${away ? "away" : ""}${me ? "me" : ""}${host ? "host" : ""}`).join(" ");
+
+  test("are those who are there and those who are away, with oneself and the host marked", () => {
+    const { world, party } = joinedWorld();
+    const seen: string[] = [];
+    party.on("members", (members) => seen.push(shown(members)));
+    expect(shown(party.members())).toBe("0host 1me");
+    world.socket.say({ type: "peer_joined", index: 4 });
+    world.socket.say({ type: "peer_joined", index: 2 });
+    world.socket.say({ type: "peer_left", index: 2 });
+    world.socket.say({ type: "peer_joined", index: 2, resumed: true });
+    world.socket.say({ type: "peer_left", index: 4, reason: "left" });
+    world.socket.say({ type: "host", index: 2 });
+    world.socket.say({ type: "peer_left", index: 0, reason: "kicked" });
+    expect(seen).toEqual([
+      "0host 1me 4",
+      "0host 1me 2 4",
+      "0host 1me 2away 4",
+      "0host 1me 2 4",
+      "0host 1me 2",
+      "0 1me 2host",
+      "1me 2host",
+    ]);
+    expect([party.me(), party.host(), party.room()]).toEqual([1, 2, CODE]);
+  });
+
+  test("are known to a listener of the message that changes them", () => {
+    const { world, party } = joinedWorld();
+    let seen = "";
+    party.on("peer_left", () => (seen = shown(party.members())));
+    world.socket.say({ type: "peer_left", index: 0 });
+    expect(seen).toBe("0awayhost 1me");
+  });
+
+  test("who went while this client was away are away, who came are there, and the host may be another", () => {
+    const { world, party } = joinedWorld();
+    world.socket.say({ type: "peer_joined", index: 2 });
+    world.socket.end(1006);
+    world.wait();
+    world.enter({ type: "joined", room: CODE, index: 1, peers: [2, 3], host: 3 });
+    expect(shown(party.members())).toBe("0away 1me 2 3host");
+  });
+
+  test("of a room that is gone are forgotten with it", () => {
+    const world = new World();
+    const party = world.connect({ create: { maxClients: 8 } });
+    world.enter(created());
+    world.socket.say({ type: "peer_joined", index: 1 });
+    world.socket.end(1006);
+    world.wait();
+    world.socket.accept();
+    world.socket.refuse("room_not_found");
+    world.socket.say(created("Zz9zz9"));
+    expect(shown(party.members())).toBe("0mehost");
+  });
+});
+
+describe("ready and once", () => {
+  test("ready resolves in the room", async () => {
+    const { party } = joinedWorld();
+    await party.ready;
+    expect(party.me()).toBe(1);
+  });
+
+  test("ready rejects with the refusal", async () => {
+    const world = new World();
+    const { ready } = world.connect();
+    world.socket.accept();
+    world.socket.refuse("room_full");
+    expect(await ready.catch(({ code, message }) => [code, message])).toEqual(["room_full", "room_full"]);
+  });
+
+  test("once gives the next event that is wanted, and listens no longer", async () => {
+    const { world, party } = joinedWorld();
+    let looked = 0;
+    const wanted = party.once("message", ({ from }) => ++looked > 0 && from === 3);
+    for (const from of [2, 3, 4]) world.socket.say({ type: "message", from, data: from });
+    expect(await wanted).toEqual({ type: "message", from: 3, data: 3 });
+    world.socket.say({ type: "message", from: 2, data: 2 });
+    expect(looked).toBe(3); // the third came before it could stop
+  });
+
+  test("once rejects at its deadline, and when the client is out for good, also if that was before", async () => {
+    const { world, party } = joinedWorld();
+    const failures = [party.once("state", undefined, 500), party.once("state")];
+    world.advance(500);
+    world.socket.end(4002, "kicked");
+    failures.push(party.once("state"));
+    const codes = await Promise.all(failures.map((failure) => failure.catch(({ code }) => code)));
+    expect(codes).toEqual(["deadline", 4002, 4002]);
+  });
+
+  test("a listener that another one adds waits for the next event", () => {
+    const { world, party } = joinedWorld();
+    const seen: unknown[] = [];
+    const off = party.on("message", () => {
+      off();
+      party.on("message", ({ data }) => seen.push(data));
+    });
+    for (const data of [1, 2]) world.socket.say({ type: "message", from: 0, data });
+    expect(seen).toEqual([2]);
+  });
+});
+
+describe("the relay's clock", () => {
+  /** A ping and its answer, `ms` apart, with the relay's clock in the middle of it ahead by `ahead`. */
+  function pong(world: World, ms: number, ahead: number): void {
+    world.say("visible"); // which pings
+    world.advance(ms);
+    world.answerPing(EPOCH + world.now - ms / 2 + ahead);
+  }
+
+  test("is this device's until the first answer, then the relay's", () => {
+    const { world, party } = joinedWorld();
+    expect(party.now()).toBe(EPOCH + world.now);
+    pong(world, 40, 5_000);
+    expect(party.now()).toBe(EPOCH + world.now + 5_000);
+    world.advance(1_234);
+    expect(party.now()).toBe(EPOCH + world.now + 5_000);
+  });
+
+  test("is taken from the shortest round trip: a long one may be lopsided", () => {
+    const { world, party } = joinedWorld();
+    pong(world, 40, 5_000);
+    pong(world, 400, 5_150);
+    expect(party.now()).toBe(EPOCH + world.now + 5_000);
+    pong(world, 20, 4_995);
+    expect(party.now()).toBe(EPOCH + world.now + 4_995);
+  });
+
+  test("is found anew when it can't be right any more: this device slept, or the relay is another", () => {
+    const { world, party } = joinedWorld();
+    pong(world, 40, 5_000);
+    pong(world, 80, 65_000);
+    expect(party.now()).toBe(EPOCH + world.now + 65_000);
+  });
+
+  test("isn't confused by pings of the game's own", () => {
+    const { world, party } = joinedWorld();
+    const latencies: number[] = [];
+    party.on("latency", ({ ms }) => latencies.push(ms));
+    world.socket.say({ type: "pong", t: -1, now: 0 });
+    world.socket.say({ type: "pong", now: 0 });
+    expect(party.now()).toBe(EPOCH + world.now);
+    pong(world, 30, 0);
+    world.socket.say({ type: "pong", now: 0 });
+    expect(latencies).toEqual([30]);
+  });
+});
+
 describe("with a relay", () => {
   /** Bun's globals, a chance that always takes the shortest wait, and sockets that the test can cut. */
   function machine() {
@@ -515,25 +836,27 @@ describe("with a relay", () => {
     }
     const window = new EventTarget();
     const env = {
-      ...{ WebSocket: Cuttable, Math: { min: Math.min, random: () => 0 }, window },
+      ...{ WebSocket: Cuttable, Math: Object.create(Math, { random: { value: () => 0 } }), Date, window },
       ...{ performance, setTimeout, clearTimeout, sessionStorage: new TestStorage() },
     } as unknown as typeof globalThis;
     return { env, window, cut: () => sockets.at(-1)!.terminate() };
   }
-  function next<T extends keyof Events>(
-    party: Party,
-    type: T,
-    wanted: (event: Events[T]) => boolean = () => true,
-  ): Promise<Events[T]> {
-    return new Promise((resolve) => {
-      const off = party.on(type, (event) => {
-        if (!wanted(event)) return;
-        off();
-        resolve(event);
-      });
-    });
-  }
+  const next = <T extends keyof Events>(party: Party, type: T, wanted?: (event: Events[T]) => boolean) =>
+    party.once(type, wanted, PATIENCE_MS) as Promise<Events[T]>;
   const ended = (party: Party) => next(party, "status", ({ state }) => state === "closed");
+  /** Clients that are in one room, the host first. */
+  async function company(relay: { url: string }, size: number): Promise<Party[]> {
+    const host = connect({ url: relay.url, create: { maxClients: size + 2 }, env: machine().env });
+    await host.ready;
+    const guests: Party[] = [];
+    for (const _ of Array(size - 1)) {
+      const heard = next(host, "peer_joined");
+      const guest = connect({ url: relay.url, room: host.room(), env: machine().env });
+      await Promise.all([heard, guest.ready]);
+      guests.push(guest);
+    }
+    return [host, ...guests];
+  }
 
   test("gets its slot back after a cut, and what it said meanwhile arrives", async () => {
     await using relay = testRelay();
@@ -578,30 +901,122 @@ describe("with a relay", () => {
   test.each(["SIGKILL", "SIGTERM"] as const)(
     "outlives a relay that is stopped with %s and started again: a new room, and guests know that theirs is gone",
     async (signal) => {
-      let relay = await spawnRelay();
-      try {
-        const host = connect({ url: relay.url, create: { maxClients: 4 }, env: machine().env });
-        const { room } = await next(host, "created");
-        const guest = connect({ url: relay.url, room, env: machine().env });
-        await next(guest, "joined");
-        const draining = signal === "SIGTERM" ? next(guest, "draining") : undefined;
-        const away = next(guest, "status", ({ state }) => state === "waiting");
-        const gone = ended(guest);
-        const recreated = next(host, "created");
-        await relay.stop(signal);
-        await draining;
-        expect((await away).code).toBe(signal === "SIGTERM" ? 1012 : 1006);
-        relay = await spawnRelay(relay.port);
-        const { room: newRoom } = await recreated;
-        expect(newRoom).not.toBe(room);
-        expect(await gone).toMatchObject({ code: "room_not_found" });
-        const again = connect({ url: relay.url, room: newRoom, env: machine().env });
-        expect(await next(again, "joined")).toMatchObject({ room: newRoom, index: 1 });
-        again.close();
-        host.close();
-      } finally {
-        await relay[Symbol.asyncDispose]();
-      }
+      await using relay = await RelayProcess.start({ DRAIN_SECONDS: "1" });
+      const [host, guest] = (await company(relay, 2)) as [Party, Party];
+      const room = host.room();
+      const draining = signal === "SIGTERM" ? next(guest, "draining") : undefined;
+      const away = next(guest, "status", ({ state }) => state === "waiting");
+      const gone = ended(guest);
+      const recreated = next(host, "created");
+      await relay.stop(signal);
+      await draining;
+      expect((await away).code).toBe(signal === "SIGTERM" ? 1012 : 1006);
+      await using _again = await RelayProcess.start({ PORT: String(relay.port) });
+      const { room: newRoom } = await recreated;
+      expect(newRoom).not.toBe(room as string);
+      expect(await gone).toMatchObject({ code: "room_not_found" });
+      const again = connect({ url: relay.url, room: newRoom, env: machine().env });
+      expect(await next(again, "joined")).toMatchObject({ room: newRoom, index: 1 });
+      again.close();
+      host.close();
     },
   );
+
+  test("asks a member, and the others don't hear of it", async () => {
+    await using relay = testRelay();
+    const [host, ann, bob] = (await company(relay, 3)) as [Party, Party, Party];
+    const heard: unknown[] = [];
+    for (const party of [host, ann, bob]) party.on("message", ({ data }) => heard.push(data));
+    host.answer(async (question, from) => ({ question, from }));
+    bob.answer(() => "bob");
+    expect(await ann.ask<unknown>(0, { which: "door" })).toEqual({ question: { which: "door" }, from: 1 });
+    expect(await bob.ask<unknown>(2, "oneself")).toBe("bob");
+    expect(await ann.ask<unknown>(2, null)).toBe("bob");
+    expect(heard).toEqual([]);
+    for (const party of [host, ann, bob]) party.close();
+  });
+
+  test("gives each question its own answer, whatever their order", async () => {
+    await using relay = testRelay();
+    const [host, guest] = (await company(relay, 2)) as [Party, Party];
+    const second = Promise.withResolvers<void>();
+    host.answer(async (question) => {
+      if (question === 2) second.resolve();
+      await second.promise;
+      await (question === 1 && next(host, "pong")); // after the other one's answer
+      return question;
+    });
+    const answers = Promise.all([1, 2].map((question) => guest.ask<unknown>(0, question)));
+    await second.promise;
+    host.wake(); // which pings
+    expect(await answers).toEqual([1, 2]);
+    for (const party of [host, guest]) party.close();
+  });
+
+  test("takes an answer from nobody but the one who was asked", async () => {
+    await using relay = testRelay();
+    const [host, ann, bob] = (await company(relay, 3)) as [Party, Party, Party];
+    const asked = next(host, "ask");
+    const answer = ann.ask<unknown>(0, "?");
+    const { id } = await asked;
+    const forged = next(ann, "answer", ({ from }) => from === 2);
+    bob.send({ "party-sockets": "answer", id, data: "forged" }, { to: 1 });
+    await forged;
+    host.send({ "party-sockets": "answer", id, data: "true" }, { to: 1 });
+    expect(await answer).toBe("true");
+    for (const party of [host, ann, bob]) party.close();
+  });
+
+  test("an answer that doesn't come ends at the deadline, and nobody waits for who is away", async () => {
+    await using relay = testRelay();
+    const [host, guest] = (await company(relay, 2)) as [Party, Party];
+    const code = (answer: Promise<unknown>) => answer.catch((failure) => failure.code);
+    expect(await code(host.ask(1, "anybody?", { deadlineMs: 50 }))).toBe("deadline");
+    const left = next(host, "peer_left");
+    guest.close();
+    await left;
+    expect(await code(host.ask(1, "anybody?"))).toBe("peer_away");
+    host.close();
+    expect(await code(host.ask(0, "anybody?"))).toBe("closed");
+  });
+
+  test("goes on with another device by an offer, and the first one is out", async () => {
+    await using relay = testRelay();
+    const [host, phone] = (await company(relay, 2)) as [Party, Party];
+    const gone = ended(phone);
+    const { index, token } = await phone.offer();
+    expect(index).toBe(1);
+    const tablet = connect({ url: relay.url, room: phone.room(), claim: token, env: machine().env });
+    await tablet.ready;
+    expect(tablet.me()).toBe(1);
+    expect(await gone).toMatchObject({ code: 4000 });
+    expect(host.members().map((member) => member.index)).toEqual([0, 1]);
+    const offered = await host.offer(1);
+    expect(offered.index).toBe(1);
+    const late = connect({ url: relay.url, room: phone.room(), claim: token, env: machine().env });
+    expect(await late.ready.catch(({ code }) => code)).toBe("claim_not_found");
+    for (const party of [host, tablet]) party.close();
+  });
+
+  test("hears that a target is away, and stays", async () => {
+    await using relay = testRelay();
+    const [host, guest] = (await company(relay, 2)) as [Party, Party];
+    const left = next(host, "peer_left");
+    guest.close();
+    await left;
+    const refusal = next(host, "error");
+    host.send("tap", { to: 1 });
+    expect(await refusal).toMatchObject({ code: "peer_away" });
+    expect(host.status().state).toBe("open");
+    host.close();
+  });
+
+  test("takes the relay's clock from its answers", async () => {
+    const clock = { ...relay.systemClock, epoch: () => Date.now() + 3_600_000 };
+    await using ahead = testRelay({ clock });
+    const [host] = (await company(ahead, 1)) as [Party];
+    const { ms } = await next(host, "latency");
+    expect(Math.abs(host.now() - Date.now() - 3_600_000)).toBeLessThanOrEqual(ms / 2 + 2);
+    host.close();
+  });
 });

@@ -1,5 +1,5 @@
 /**
- * Serves the demo, and starts a relay where none answers: `bun run ops/demo/start.ts`.
+ * Serves the demo, and starts a relay if none answers: `bun run ops/demo/start.ts`.
  *
  * Environment: `DEMO_PORT` (8080) of the page; `RELAY_URL` of a relay that runs elsewhere, else the variables of
  * `server.ts`, of which `PORT` says where a relay is looked for and started.
@@ -12,7 +12,7 @@ import type { Place } from "./ui.ts";
 const DEMO_PORT = 8080;
 const HEALTH_MS = 2_000; // for a relay to say that it is there
 
-/** This machine's address in the local network; `localhost` where it has none. */
+/** This machine's address in the local network; `localhost` if it has none. */
 function lanAddress(): string {
   const addresses = Object.values(networkInterfaces()).flatMap((entries) => entries ?? []);
   return addresses.find(({ family, internal }) => family === "IPv4" && !internal)?.address ?? "localhost";

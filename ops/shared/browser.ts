@@ -2,7 +2,7 @@
 
 const chromium = ["chromium", "chromium-browser", "google-chrome-stable", "google-chrome"].find((name) => Bun.which(name));
 
-/** Why tests in a browser skip; undefined where there is one. */
+/** Why tests in a browser skip; undefined if there is one. */
 export const whyNoBrowser = chromium === undefined ? " (skipped: no chromium on this machine)" : undefined;
 
 /** A new page. All pages of a process share one browser, and what it stores for an origin. */

@@ -2,7 +2,7 @@
 import { parseArgs, type ParseArgsOptionsConfig } from "node:util";
 
 /**
- * The flags that were given. Ends the process with 2, and says how the tool is used, where one is unknown; with 0 at
+ * The flags that were given. Ends the process with 2, and says how the tool is used, if one is unknown; with 0 at
  * `--help`.
  */
 export function readFlags<T extends ParseArgsOptionsConfig>(usage: string, options: T) {

@@ -28,7 +28,7 @@ export function scrape(url: string): Promise<string> {
   return get(`${url}/metrics`);
 }
 
-/** How a relay is. `text` is its answer to `GET /`. */
+/** How a relay is. `text` is its answer to `GET /`; what isn't counted there may be a second old. */
 export type Vitals = { rooms: number; clients: number; internalErrors: number; rssBytes: number; text: string };
 
 /** Asks a relay how it is. @throws if it doesn't answer */
@@ -37,9 +37,13 @@ export async function vitals(url: string): Promise<Vitals> {
   const samples = parseMetrics(metrics);
   const value = (name: string, code?: string): number =>
     samples.find((sample) => sample.name === name && sample.labels.code === code)?.value ?? NaN;
+  const counted = (what: string): number | undefined => {
+    const digits = new RegExp(`^${what}: (\\d+)$`, "m").exec(text)?.[1];
+    return digits === undefined ? undefined : Number(digits);
+  };
   return {
-    rooms: value("party_sockets_rooms"),
-    clients: value("party_sockets_clients"),
+    rooms: counted("rooms") ?? value("party_sockets_rooms"),
+    clients: counted("clients") ?? value("party_sockets_clients"),
     internalErrors: value("party_sockets_errors_total", "internal"),
     rssBytes: value("process_resident_memory_bytes"),
     text,

@@ -1,4 +1,4 @@
-/** Child processes: started with an environment of their own, read a line at a time, and ended with whoever started them. */
+/** Child processes: started with an environment of their own, read a line at a time, and ended with the tool that started them. */
 import { resolve } from "node:path";
 import { PATIENCE_MS, within } from "./wait.ts";
 

@@ -75,7 +75,7 @@ class Player {
       } else if (frame.type === "message" && frame.data.to !== this.index) {
         this.fault(`got what was for ${frame.data.to}`);
       } else if (frame.type === "error") {
-        if (frame.code !== "peer_not_found") this.fault(JSON.stringify(frame)); // who just left, is one of those
+        if (frame.code !== "peer_away" && frame.code !== "peer_not_found") this.fault(JSON.stringify(frame)); // who just left
       } else if (frame.type === this.#wanted?.type) {
         this.#wanted.resolve(frame);
         this.#wanted = undefined;

@@ -17,7 +17,7 @@ describe.skipIf(promtool === null)("alerts (need promtool of Debian's prometheus
     });
   });
 
-  test("sound where players suffer, and keep quiet where they don't", () => {
+  test("sound when players suffer, and keep quiet when they don't", () => {
     expect(run("test", "rules", "alerts.test.yml")).toEqual({
       exitCode: 0,
       says: expect.stringContaining("SUCCESS"),

@@ -56,7 +56,7 @@ const UNITS = ["short", "s", "bytes", "binBps", "ops", "opm", "percentunit"]; //
 const SCHEMA_VERSION = 36; // Grafana 9; older schemas lack the data source as an object
 const BUILT_IN = ["__rate_interval", "__interval", "__range"]; // variables that Grafana fills in itself
 
-/** What Grafana's import, or somebody on duty, would stumble over; a line each, none where all is well. */
+/** What Grafana's import, or somebody on duty, would stumble over; a line each, none if all is well. */
 export function faults(dashboard: Dashboard): string[] {
   const found: string[] = [];
   const { uid, id, schemaVersion, title, time, templating, annotations, panels } = dashboard;
@@ -120,11 +120,11 @@ const SCRAPE_MS = 200;
 const SCRAPES = 8; // what two rate intervals need, and a line that can be seen
 const RATE_MS = 4 * SCRAPE_MS; // Grafana's $__rate_interval is four scrape intervals
 
-/** Why no Prometheus can be asked; undefined where there is one. */
+/** Why no Prometheus can be asked; undefined if there is one. */
 export const whyNoPrometheus = Bun.which("prometheus") === null ? " (skipped: no prometheus on this machine)" : undefined;
 
 type Point = [seconds: number, value: number];
-/** One line of an answer: its labels and its points; one point where the query asks for an instant. */
+/** One line of an answer: its labels and its points; one point if the query asks for an instant. */
 export type Series = { labels: Record<string, string>; points: Point[] };
 /** What Prometheus said to one query. */
 export type Answer = { where: string; labelling: string; expr: string; target?: Target; series: Series[]; error?: string };

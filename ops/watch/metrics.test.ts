@@ -59,7 +59,7 @@ describe("every series", () => {
       expect(labels).toMatchObject({ instance: "m1", region: "AMS", version });
   });
 
-  test("says local where instance and region are unset", async () => {
+  test("says local if instance and region are unset", async () => {
     await using relay = testRelay();
     for (const { labels } of parseMetrics(await scrape(relay.url)))
       expect(labels).toMatchObject({ instance: "local", region: "local" });
