@@ -40,10 +40,11 @@ describe.skipIf(whyNot !== undefined)(`compose.yml run by podman${whyNot ?? ""}`
   let engine: Engine;
   let url: string;
   let compose: (...command: string[]) => Promise<string>;
+  const started = new AsyncDisposableStack();
   const subnet = `10.${100 + (process.pid % 100)}.77`; // somebody else may run the file as it is
 
   beforeAll(async () => {
-    engine = await Engine.open();
+    engine = started.use(await Engine.open());
     await engine.buildBun();
     await engine.buildStandIn(
       "docker.io/library/nginx:1.28",
@@ -68,26 +69,15 @@ describe.skipIf(whyNot !== undefined)(`compose.yml run by podman${whyNot ?? ""}`
     const directory = join(engine.home, "compose");
     for (const [name, text] of texts) await Bun.write(join(directory, name), text.replaceAll("10.77.0", subnet));
     const host = await engine.serve();
-    compose = (...command) =>
-      engine.run(
-        "env",
-        `DOCKER_HOST=${host}`,
-        COMPOSE,
-        "--project-directory",
-        directory,
-        "--file",
-        join(directory, "compose.yml"),
-        ...command,
-      );
+    const files = ["--project-directory", directory, "--file", join(directory, "compose.yml")];
+    compose = (...command) => engine.run("env", `DOCKER_HOST=${host}`, COMPOSE, ...files, ...command);
+    started.defer(async () => void (await compose("down", "--timeout=0")));
     await compose("up", "--build", "--detach");
     const [container] = JSON.parse(await engine.podman("inspect", await compose("ps", "--quiet", "nginx")));
     url = `http://${container.NetworkSettings.Networks.compose_outside.IPAddress}`;
     await until("nginx and a relay", async () => (await get("/health"))?.ok, START_MS);
   });
-  afterAll(async () => {
-    await compose?.("down", "--timeout=0");
-    await engine[Symbol.asyncDispose]();
-  });
+  afterAll(() => started.disposeAsync());
 
   /** What nginx answers, or undefined if it doesn't. */
   const get = (path: string): Promise<Response | undefined> =>
