@@ -21,8 +21,8 @@ type Cluster = AsyncDisposable & {
   ids: string[];
   /** Starts a relay again. */
   start(id: string): Promise<void>;
-  /** Starts another nginx, that opens all new sockets and asks all codes at these relays first. @returns its URL */
-  entrance(...ids: string[]): Promise<string>;
+  /** Starts another nginx, that opens all new sockets and asks all codes at these relays first. */
+  entrance(...ids: string[]): Promise<Proxy>;
   /** A client in a new room, on each of the relays, through nginx. */
   hosts(): Promise<{ id: string; room: string; host: Client }[]>;
 };
@@ -64,7 +64,7 @@ async function startCluster(env: Record<string, string> = {}): Promise<Cluster> 
     relays,
     ids,
     start,
-    entrance: async (...chosen) => (await entrance(...chosen)).url,
+    entrance,
     async hosts() {
       return Promise.all(
         ids.map(async (id) => {
@@ -82,16 +82,23 @@ const unknown = "1abcde"; // a code that no room has
 const HUNG_MS = 15_000; // proxy_read_timeout
 const SLACK_MS = 5_000; // what a busy machine may need beyond what is promised
 
-/** How often the relays have asked each other for a room. */
-async function probes({ relays }: Cluster): Promise<number> {
-  const samples = await Promise.all([...relays.values()].map(async ({ url }) => parseMetrics(await scrape(url))));
-  return samples.flat().reduce((sum, { name, value }) => sum + (name === "party_sockets_probes_total" ? value : 0), 0);
+/** The sum of a counter of all relays, with any labels or with this `outcome`. */
+async function sum({ relays }: Cluster, counter: string, outcome?: string): Promise<number> {
+  const samples = (await Promise.all([...relays.values()].map(async ({ url }) => parseMetrics(await scrape(url))))).flat();
+  const wanted = samples.filter(({ name, labels }) => name === counter && (outcome ?? labels.outcome) === labels.outcome);
+  return wanted.reduce((total, { value }) => total + value, 0);
 }
 
-/** Opens a socket without a code, creates a room, and leaves. @returns the relay that has taken it */
-async function newcomer(url: string): Promise<string> {
+/** Opens a socket without a code and creates a room. @returns the client and the relay that has taken it */
+async function create(url: string): Promise<{ client: Client; instance: string }> {
   const client = await Client.open(url);
   const { instance } = await client.ask({ type: "create", clientId: "newcomer", maxClients: 2 });
+  return { client, instance };
+}
+
+/** Does so, and leaves. @returns the relay that has taken it */
+async function newcomer(url: string): Promise<string> {
+  const { client, instance } = await create(url);
   await client.close();
   return instance;
 }
@@ -126,23 +133,28 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
   test("take new sockets in turn", async () => {
     await using cluster = await startCluster();
     const taken: string[] = [];
-    for (const _ of [1, 2]) {
-      const hosts = await Promise.all(
-        cluster.ids.map(async () => {
-          const host = await Client.open(cluster.url);
-          return (await host.ask({ type: "create", clientId: "host", maxClients: 2 })).instance as string;
-        }),
-      );
-      taken.push(...hosts.toSorted());
-    }
+    for (const _ of [1, 2])
+      taken.push(...(await Promise.all(cluster.ids.map(async () => (await create(cluster.url)).instance))).toSorted());
     expect(taken).toEqual([...cluster.ids.toSorted(), ...cluster.ids.toSorted()]);
+  });
+
+  test("take new sockets where there are fewest", async () => {
+    await using cluster = await startCluster();
+    const hosts = await Promise.all([1, 2, 3, 4, 5, 6].map(() => create(cluster.url)));
+    const [{ instance: crowded } = { instance: "" }] = hosts;
+    for (const { client, instance } of hosts) if (instance !== crowded) client.terminate();
+    for (const [id, { url }] of cluster.relays)
+      if (id !== crowded)
+        await until("nobody to be there", async () => (await (await fetch(url)).text()).endsWith("clients: 0\n"));
+    const opened = [1, 2, 3, 4].map(async () => (await create(cluster.url)).instance);
+    expect(await Promise.all(opened)).not.toContain(crowded);
   });
 
   test("find a room from every entrance, by code and by pin, over HTTP and for WebSockets", async () => {
     await using cluster = await startCluster();
     const hosts = await cluster.hosts();
     for (const entranceId of cluster.ids) {
-      const entrance = await cluster.entrance(entranceId);
+      const { url: entrance } = await cluster.entrance(entranceId);
       for (const { id, room, host } of hosts) {
         const lookUp = await fetch(`${entrance}/room/${room}`);
         expect({ status: lookUp.status, by: lookUp.headers.get("X-Instance-Id") }).toEqual({ status: 200, by: id });
@@ -158,6 +170,17 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
         }
       }
     }
+  });
+
+  test("find a room by its code beside the pin of another relay", async () => {
+    await using cluster = await startCluster();
+    const hosts = await cluster.hosts();
+    for (const { room } of hosts)
+      for (const { id } of hosts) {
+        const { answer } = await joins(`${cluster.url}/${room}?instance=${id}`, room, `by ${id}`);
+        expect(answer).toMatchObject({ type: "joined" });
+        expect((await fetch(`${cluster.url}/room/${room}?instance=${id}`)).status).toBe(200);
+      }
   });
 
   test("give a player who comes back its slot, and its old socket 4000", async () => {
@@ -184,16 +207,16 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
 
   test("ask each other once at most for a code that nobody has", async () => {
     await using cluster = await startCluster();
-    const entrance = await cluster.entrance(cluster.ids[0] as string);
+    const { url: entrance } = await cluster.entrance(cluster.ids[0] as string);
     expect((await fetch(`${entrance}/room/${unknown}`)).status).toBe(404);
     const { answer } = await joins(`${entrance}/1abcdf`, "1abcdf", "guest");
     expect(answer).toMatchObject({ code: "room_not_found" });
-    expect(await probes(cluster)).toBe(2 + 2);
+    expect(await sum(cluster, "party_sockets_probes_total")).toBe(2 + 2);
   });
 
   test("count wrong codes for the client's own address, whatever headers it sends", async () => {
     await using cluster = await startCluster({ MAX_MISSES_PER_MINUTE: "3" });
-    const entrance = await cluster.entrance(cluster.ids[0] as string);
+    const { url: entrance } = await cluster.entrance(cluster.ids[0] as string);
     const headers: Record<string, string>[] = [
       { "X-Forwarded-For": "192.0.2.1" },
       { "X-Party-Probe": "1" },
@@ -208,7 +231,7 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
 
   test("find a room for a client that claims to have been sent on, or that this failed", async () => {
     await using cluster = await startCluster();
-    const entrance = await cluster.entrance(cluster.ids[0] as string);
+    const { url: entrance } = await cluster.entrance(cluster.ids[0] as string);
     const forged = { "X-Relay-Src": "1", "X-Relay-Failed": "1", "X-Accel-Redirect": "/health", "X-Party-Probe": "1" };
     for (const { id, room } of await cluster.hosts()) {
       expect((await ask(entrance, `/room/${room}`, "127.0.0.1", forged)).status).toBe(200);
@@ -269,13 +292,13 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
   test("go on, all of them, if a client has made nginx believe that each of them failed", async () => {
     await using cluster = await startCluster();
     const hosts = await cluster.hosts();
-    const disabled = () => cluster.nginx.process.lines.filter((line) => line.includes("temporarily disabled")).length;
-    await until("nginx to believe that", async () => {
+    for (let n = 0; n < 4 * cluster.ids.length; n++) {
       const raw = await RawSocket.connect(cluster.url);
       raw.write(handshake("/", { "Sec-WebSocket-Protocol": "x".repeat(8_000) })); // comes back, in an answer too long for nginx
       expect(await raw.head()).toStartWith("HTTP/1.1 502 ");
-      return disabled() >= 3;
-    });
+    }
+    const disabled = cluster.nginx.process.lines.filter((line) => line.includes("temporarily disabled"));
+    expect(disabled.length).toBeGreaterThanOrEqual(cluster.ids.length);
     expect(new Set([await newcomer(cluster.url), await newcomer(cluster.url), await newcomer(cluster.url)]).size).toBe(3);
     for (const { id, room } of hosts) {
       expect((await fetch(`${cluster.url}/room/${room}`)).status).toBe(200);
@@ -305,16 +328,17 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
       location: "/elsewhere/x?a=1",
     });
 
+    cluster.relays.delete(lost.id);
+    expect(await sum(cluster, "party_sockets_replays_total", "failed")).toBe(2); // the two pins
     await cluster.start(lost.id);
-    const again = await Client.open(`${cluster.url}/?instance=${lost.id}`);
-    expect(await again.ask({ type: "create", clientId: "host", maxClients: 2 })).toMatchObject({ instance: lost.id });
+    expect((await create(`${cluster.url}/?instance=${lost.id}`)).instance).toBe(lost.id);
   });
 
   test("drain one after another: its party goes on, newcomers meet the others, nobody is refused", async () => {
     await using cluster = await startCluster({ DRAIN_SECONDS: "60" });
     const [draining, ...others] = (await parties(cluster)) as [Party, Party, Party];
     const relay = cluster.relays.get(draining.id)!;
-    const doorstep = await cluster.entrance(draining.id); // who is sent to the one that drains, for a code or a pin
+    const { url: doorstep } = await cluster.entrance(draining.id); // who is sent to the one that drains, for a code or a pin
     relay.signal("SIGTERM");
     for (const player of [draining.host, draining.guest]) expect(await player.next()).toEqual({ type: "draining", seconds: 60 });
     for (const _ of [1, 2, 3, 4]) expect(await newcomer(cluster.url)).not.toBe(draining.id);
@@ -333,6 +357,26 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
       await guest.soFar();
     }
     for (const party of others) await goesOn(party);
+  });
+
+  test("refuse searches beyond their limit without nginx asking the next", async () => {
+    await using cluster = await startCluster();
+    const [id = "", ...others] = cluster.ids;
+    const entrance = await cluster.entrance(id);
+    for (const other of others) cluster.relays.get(other)!.signal("SIGSTOP"); // so that each search takes its second
+    const codes = Array.from({ length: 12 }, (_, i) => `1abcd${"ABCDEFGHJKLM"[i]}`);
+    const statuses = await Promise.all(
+      codes.map(async (code) => (await fetch(`${entrance.url}/${code}`, { keepalive: false })).status),
+    );
+    expect(statuses.toSorted()).toEqual([...Array.from({ length: 8 }, () => 200), ...Array.from({ length: 4 }, () => 503)]);
+    expect(entrance.process.lines.filter((line) => line.includes("upstream"))).toEqual([]);
+  });
+
+  test.concurrent("keep players who say nothing for longer than nginx waits", async () => {
+    await using cluster = await startCluster();
+    const quiet = await parties(cluster);
+    await Bun.sleep(HUNG_MS + SLACK_MS);
+    for (const { host, guest } of quiet) for (const player of [host, guest]) expect(await player.soFar()).toEqual([]);
   });
 
   test.concurrent("cut the players of one that hangs, find the others' rooms at once, and let their parties go on", async () => {
@@ -354,15 +398,10 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
     expect(answer).toMatchObject({ code: "room_not_found" });
     for (const player of [hung.host, hung.guest])
       expect((await within(player.closed, "the end of its sockets", HUNG_MS + SLACK_MS)).code).toBe(1006);
-    for (const { host, guest } of others) {
-      // They said nothing meanwhile, for longer than nginx waits for a relay.
-      expect(await guest.soFar()).toSatisfy((frames) => frames.every(({ type }) => type === "peer_joined"));
-      await host.soFar();
-    }
+    for (const { host, guest } of others) await Promise.all([host.soFar(), guest.soFar()]);
     for (const party of others) await goesOn(party);
     relay.signal("SIGCONT");
-    const again = await joins(`${cluster.url}/?instance=${hung.id}`, hung.room, "late");
-    expect(await again.client.ask({ type: "create", clientId: "late", maxClients: 2 })).toMatchObject({ instance: hung.id });
+    expect((await create(`${cluster.url}/?instance=${hung.id}`)).instance).toBe(hung.id);
   });
 });
 
@@ -394,12 +433,13 @@ async function startAway(relaysFile: string, relays: Record<string, string>[]) {
   await ip(`-n ${outside} addr add 10.78.0.1/24 dev eth0`);
   for (const name of [inside, outside]) await ip(`-n ${name} link set eth0 up`);
   await ip(`-n ${outside} route add default via 10.78.0.2`);
-  // What is sent to an address of this network that nobody has is lost without a sign, as if its computer were dead.
+  // What is sent to 10.77.0.13 is lost without a sign, as if that computer were dead.
   await ip(`-n ${inside} link add relays type bridge`);
   await ip(`-n ${inside} addr add 10.77.0.10/24 dev relays`);
   for (const { HOST = "" } of relays.filter((env) => env.HOST?.startsWith("10.")))
     await ip(`-n ${inside} addr add ${HOST}/24 dev relays`);
   await ip(`-n ${inside} link set relays up`);
+  await ip(`-n ${inside} neigh add 10.77.0.13 lladdr 02:00:00:00:00:13 dev relays nud permanent`);
 
   const enter = (name: string) => ["ip", "netns", "exec", name];
   for (const env of relays) {
@@ -425,6 +465,24 @@ async function startAway(relaysFile: string, relays: Record<string, string>[]) {
     [Symbol.asyncDispose]: () => running.disposeAsync(),
   };
 }
+
+describe("a relay of a cluster", () => {
+  const right = { PORT: "0", PEERS: "a,b", INSTANCE_ID: "a", PEER_ADDRESS: "{id}:3000", HOST: "127.0.0.1" };
+  const mistakes: [Record<string, string | undefined>, string][] = [
+    [{ HOST: undefined }, "HOST must be set if PEERS is"],
+    [{ HOST: "192.0.2.1" }, "HOST 192.0.2.1"], // not this machine's
+    [{ INSTANCE_ID: undefined }, "INSTANCE_ID must be one of PEERS"],
+    [{ PEER_ADDRESS: "relay:3000" }, "PEER_ADDRESS must be a host and port with {id} in it"],
+    [{ PEER_ADDRESS: undefined }, "PORT must be set if PEERS is"],
+    [{ FLY_APP_NAME: "party" }, "PEERS must be left out if FLY_APP_NAME is set"],
+  ];
+  for (const [mistake, message] of mistakes)
+    test(`that is started with ${JSON.stringify(mistake)} ends and says why`, async () => {
+      await using relay = new Child([process.execPath, "run", "server.ts"], { env: { ...right, ...mistake } });
+      expect(await within(relay.exited, "its end")).toBe(1);
+      expect(relay.lines.join("\n")).toContain(message);
+    });
+});
 
 describe.skipIf(whyNoNetworks !== "")(`from another computer${whyNoNetworks}`, () => {
   test("nginx is reached, and no relay of the same machine, which listen at 127.0.0.1", async () => {
