@@ -1,8 +1,11 @@
 /** Podman and buildah for tests, on any machine that has them, one that is a container itself and runs no systemd too. */
-import { mkdir, symlink } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { chmod, mkdir, symlink } from "node:fs/promises";
 import { join } from "node:path";
+import { packageManager } from "../../package.json" with { type: "json" };
 import { temporaryDirectory } from "../shared/directory.ts";
 import { Child, run } from "../shared/processes.ts";
+import { until } from "../shared/wait.ts";
 
 const PROGRAMS = ["buildah", "podman", "runc"]; // Debian's packages have the same names
 const PATH = `${process.env.PATH}:/usr/sbin:/sbin`; // runc is in /usr/sbin
@@ -42,6 +45,7 @@ export class Engine implements AsyncDisposable {
   readonly home: string;
   readonly #env: Record<string, string>;
   readonly #started = new Set<Child>();
+  #service: Child | undefined;
 
   private constructor(private readonly directory: { path: string } & AsyncDisposable) {
     const { path } = directory;
@@ -54,7 +58,10 @@ export class Engine implements AsyncDisposable {
   static async open(): Promise<Engine> {
     const directory = await temporaryDirectory("engine");
     const { path } = directory;
-    await Bun.write(join(path, "containers.conf"), `${CONTAINERS_CONF}tmp_dir = "${path}/tmp"\n`);
+    await Bun.write(
+      join(path, "containers.conf"),
+      `${CONTAINERS_CONF}tmp_dir = "${path}/tmp"\n[network]\nnetwork_config_dir = "${path}/networks"\n`,
+    );
     // vfs copies each layer, and needs nothing from the file system below
     const storage = ['driver = "vfs"', `graphroot = "${path}/storage"`, `runroot = "${path}/run"`];
     await Bun.write(join(path, "storage.conf"), ["[storage]", ...storage, ""].join("\n"));
@@ -71,6 +78,54 @@ export class Engine implements AsyncDisposable {
   /** Builds an image in docker's format, which alone knows HEALTHCHECK; nothing is downloaded. */
   async build(name: string, context: string, ...options: string[]): Promise<void> {
     await this.run("buildah", "bud", "--format=docker", "--pull-never", `--tag=${name}`, ...options, context);
+  }
+
+  /**
+   * Builds an image of programs of this machine, with the libraries that they load, in place of one that would be downloaded.
+   * @param programs their paths in the image, and here
+   * @param files texts by their paths in the image, scripts among them
+   * @param dockerfile what follows `COPY . /`
+   */
+  async buildStandIn(name: string, programs: Record<string, string>, files: Record<string, string>, dockerfile: string) {
+    const root = join(this.home, name.replace(/\W/g, "-"));
+    const put = async (path: string, content: string | Bun.BunFile) => {
+      await Bun.write(join(root, path), content);
+      await chmod(join(root, path), 0o755);
+    };
+    for (const [path, from] of Object.entries(programs)) {
+      await put(path, Bun.file(from));
+      const libraries = (await this.run("ldd", from)).matchAll(/(?<=^\t|=> )\/\S+/gm);
+      for (const [library] of libraries) await put(library, Bun.file(library));
+    }
+    for (const [path, text] of Object.entries(files)) await put(path, text);
+    await Bun.write(`${root}.dockerfile`, `FROM scratch\nCOPY . /\n${dockerfile}`);
+    await this.build(name, root, `--file=${root}.dockerfile`);
+  }
+
+  /** Builds the stand-in of the official base image under its name: its user, its variables, its entry point, and Bun. */
+  buildBun(): Promise<void> {
+    return this.buildStandIn(
+      `docker.io/oven/${packageManager.replace("@", ":")}-slim`,
+      { "usr/local/bin/bun": process.execPath, "bin/sh": "/bin/sh" },
+      {
+        "etc/passwd": "root:x:0:0::/root:/bin/sh\nbun:x:1000:1000::/home/bun:/bin/sh\n",
+        "etc/group": "root:x:0:\nbun:x:1000:\n",
+        "usr/local/bin/docker-entrypoint.sh": '#!/bin/sh\nset -e\nexec "$@"\n',
+      },
+      `ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+       ENV BUN_RUNTIME_TRANSPILER_CACHE_PATH=0
+       WORKDIR /home/bun/app
+       ENTRYPOINT ["/usr/local/bin/docker-entrypoint.sh"]
+       CMD ["/usr/local/bin/bun"]`,
+    );
+  }
+
+  /** Serves docker's API. @returns where, as DOCKER_HOST has it */
+  async serve(): Promise<string> {
+    const path = join(this.home, "podman.sock");
+    this.#service = new Child(["podman", "system", "service", "--time=0", `unix://${path}`], { env: this.#env, cwd: this.home });
+    await until("podman's service", () => existsSync(path));
+    return `unix://${path}`;
   }
 
   /** Runs a command of podman. @returns what it printed @throws Failed */
@@ -91,6 +146,7 @@ export class Engine implements AsyncDisposable {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await using _ = this.directory;
+    await this.#service?.stop();
     await this.podman("rm", "--all", "--force", "--time=0");
     for (const child of this.#started) await child.exited;
   }

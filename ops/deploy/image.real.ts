@@ -3,9 +3,7 @@
  * shell and the libraries that the two load, under the official name: nothing is downloaded.
  */
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { chmod } from "node:fs/promises";
-import { join } from "node:path";
-import { packageManager, version } from "../../package.json" with { type: "json" };
+import { version } from "../../package.json" with { type: "json" };
 import { LIMITS } from "../../server.ts";
 import { Client } from "../shared/client.ts";
 import { parseMetrics, scrape } from "../shared/metrics.ts";
@@ -14,38 +12,8 @@ import { clientFrame, RawSocket } from "../shared/sockets.ts";
 import { within } from "../shared/wait.ts";
 import { Engine, Failed, TIGHT, whyNoEngine } from "./engine.ts";
 
-const BASE = `docker.io/oven/${packageManager.replace("@", ":")}-slim`;
 const IMAGE = "localhost/party-sockets";
 const SOURCE = "https://example.org/party-sockets";
-
-/** Makes the stand-in of the official base image: its user, its variables, its entry point, and Bun. */
-async function buildBase(engine: Engine): Promise<void> {
-  const root = join(engine.home, "base");
-  const put = async (path: string, content: string | Bun.BunFile) => {
-    await Bun.write(join(root, path), content);
-    await chmod(join(root, path), 0o755);
-  };
-  for (const [path, from] of Object.entries({ "usr/local/bin/bun": process.execPath, "bin/sh": "/bin/sh" })) {
-    await put(path, Bun.file(from));
-    const libraries = (await engine.run("ldd", from)).matchAll(/(?<=^\t|=> )\/\S+/gm);
-    for (const [library] of libraries) await put(library, Bun.file(library));
-  }
-  await put("etc/passwd", "root:x:0:0::/root:/bin/sh\nbun:x:1000:1000::/home/bun:/bin/sh\n");
-  await put("etc/group", "root:x:0:\nbun:x:1000:\n");
-  await put("usr/local/bin/docker-entrypoint.sh", '#!/bin/sh\nset -e\nexec "$@"\n');
-  const dockerfile = join(engine.home, "Dockerfile");
-  await Bun.write(
-    dockerfile,
-    `FROM scratch
-     COPY . /
-     ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-     ENV BUN_RUNTIME_TRANSPILER_CACHE_PATH=0
-     WORKDIR /home/bun/app
-     ENTRYPOINT ["/usr/local/bin/docker-entrypoint.sh"]
-     CMD ["/usr/local/bin/bun"]`,
-  );
-  await engine.build(BASE, root, `--file=${dockerfile}`);
-}
 
 type Image = {
   Labels: Record<string, string>;
@@ -58,7 +26,7 @@ describe.skipIf(whyNoEngine !== undefined)(`the image${whyNoEngine ?? ""}`, () =
   let engine: Engine;
   beforeAll(async () => {
     engine = await Engine.open();
-    await buildBase(engine);
+    await engine.buildBun();
     await engine.build(IMAGE, ROOT, `--build-arg=SOURCE=${SOURCE}`);
   });
   afterAll(() => engine[Symbol.asyncDispose]());
