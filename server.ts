@@ -377,8 +377,6 @@ const URL_BYTES = 512; // fits a QR code that a phone reads across a room
 const TARGETS = 64; // slots that one `send` may name
 const OFFER_BYTES = 16; // of a slot offer's token; 22 characters of base64url
 const OFFER_MS = 300_000; // long enough to find the other phone and scan a code
-const KNOWN_PER_ROOM = 1000; // absent or barred clientIds that a room remembers
-const KNOWN_IN_ALL = 100_000; // absent or barred clientIds in all rooms together
 const ORIGIN_LENGTH = 256; // characters of an Origin header that are kept
 const ORIGIN_SHOWN = 100; // characters of it in /metrics
 const ORIGINS_KEPT = 500; // Origin headers are the clients' to invent
@@ -501,6 +499,9 @@ export type Config = Record<LimitName, number> & {
   addressHeader: string | undefined;
   log: Log;
   clock: Clock;
+  /** How many absent or barred clientIds a room remembers, and all rooms together. */
+  knownPerRoom: number;
+  knownInAll: number;
   /** How old the text of `/metrics` may be, in ms: nobody can keep the relay busy with scrapes. */
   metricsMs: number;
   /** Bytes of memory that the process occupies. */
@@ -554,6 +555,8 @@ const DEFAULTS: Config = {
   addressHeader: undefined,
   log: logText,
   clock: systemClock,
+  knownPerRoom: 1000,
+  knownInAll: 100_000,
   metricsMs: 1_000,
   memory: () => process.memoryUsage.rss(),
 };
@@ -957,12 +960,13 @@ function stand(socket: Socket, slot: Slot, why: Disconnect): void {
 function remember(slot: Slot): void {
   const { room } = slot;
   const { relay, creator } = room;
+  const { knownPerRoom, knownInAll } = relay.config;
   if (slot.index === room.host) return;
   room.absent.add(slot);
   creator.absent.add(slot);
   relay.remembered++;
-  if (room.absent.size > KNOWN_PER_ROOM) forget(first(room.absent));
-  if (relay.remembered <= KNOWN_IN_ALL) return;
+  if (room.absent.size > knownPerRoom) forget(first(room.absent));
+  if (relay.remembered <= knownInAll) return;
   let most = creator;
   for (const address of relay.addresses.values()) if (address.absent.size > most.absent.size) most = address;
   forget(first(most.absent));
