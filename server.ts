@@ -403,9 +403,12 @@ const CAP_LOG_MS = 60_000;
 
 // A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const SLICE_BYTES = 8 * MIB; // that go to a room without a look at memory
-const CALL_WORK = 6; // a system call: one for each member to whom a room's frames of a turn go
+const LARGE_BYTES = 4 * MIB; // that one frame may send at once to all members of a room
+const CALL_WORK = 6; // a system call: one for each frame to one socket, and for each member to whom a room's frames of a turn go
+const SIT_WORK = 20; // a member that sits down
 const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
+const TURN_FRAMES = 8192; // read in one turn; as many tiny ones as one read brings, some 2 ms
+const TURN_SOCKETS = 256; // that are read on from in one turn, after one that read so much
 const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
 const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
@@ -418,12 +421,16 @@ const REST_WINDOW_MS = 20; // over which that rate is taken
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
 const ROOM_BYTES = 2048; // of a lingering room, without its state and the slots that it remembers
 const SLOT_BYTES = 256;
+const FRAME_BYTES = 64; // of a short frame that waits
 const SOCKET_BYTES = 4096; // of a socket that holds nothing
 const EFFECT_MS = 300; // within which memory that was freed falls
 const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished messages
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
+const QUIET_HELD_MS = 100; // who said nothing whole for so long isn't read from while memory falls
+const LOOK_SOCKETS = 32; // that were opened, between two looks
+const LOOK_FRAMES = 2048; // of one socket that wait, between two looks
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -772,6 +779,8 @@ class Relay {
   readonly sockets = new Set<Socket>();
   /** Sockets in no room, the longest so first. */
   readonly roomless = new Set<Socket>();
+  /** Sockets that have closed, and of which frames wait; they are in `sockets` no more. */
+  readonly leaving = new Set<Socket>();
   readonly addresses = new Map<string, Address>();
   readonly origins = new Map<string, Origin>();
   /** Slots with nobody on them in all rooms, without the hosts'. */
@@ -874,33 +883,24 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
 }
 
 function write(socket: Socket, frame: string): void {
-  delivered(socket.data.relay, 1, socket.sendText(frame), frame);
+  const { relay } = socket.data;
+  delivered(relay, 1, socket.sendText(frame), frame);
+  relay.turns.work += CALL_WORK;
 }
 
-/** Sends a frame to the room's members, all but `except`. */
+/** Sends a frame to the room's members, all but `except`; after those that wait, and a large one to one member after the other. */
 function publish(room: Room, frame: string, except?: Socket): void {
+  const { relay, connected, flow } = room;
+  if (flow.outbox.length === 0 && frame.length * connected.size <= LARGE_BYTES) return publishNow(room, frame, except);
+  relay.turns.publishLater(room, frame, except);
+}
+
+function publishNow(room: Room, frame: string, except?: Socket): void {
   const { relay, code, connected } = room;
   const receivers = connected.size - (except === undefined ? 0 : 1);
-  if (frame.length * receivers > SLICE_BYTES) return publishInSlices(room, frame, except);
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
   room.published += delivered(relay, receivers, sent, frame);
   relay.turns.wake(room.flow, receivers);
-}
-
-/** Sends a frame of which too much might have to be kept for members that don't read; so memory is looked at in between. */
-function publishInSlices(room: Room, frame: string, except?: Socket): void {
-  const { relay } = room;
-  let unseen = 0;
-  for (const socket of [...room.connected.values()]) {
-    if (socket === except || socket.data.slot?.room !== room) continue;
-    const bytes = delivered(relay, 1, socket.sendText(frame), frame);
-    unseen += bytes;
-    if (unseen < SLICE_BYTES) continue;
-    unseen = 0;
-    relay.turns.settle(); // the room is in debt now: the others hear of who is cut when they all have this frame
-    relay.memory.look();
-  }
-  room.published += Buffer.byteLength(frame);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -931,6 +931,7 @@ function sit(socket: Socket, slot: Slot): void {
   session.bucket.fullAt = Math.max(session.bucket.fullAt, slot.bucketFullAt);
   session.origin.clients++;
   relay.clients++;
+  relay.turns.work += SIT_WORK;
   socket.subscribe(room.code);
 }
 
@@ -1230,6 +1231,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       if (own?.barred) return refuse("kicked");
       if (own === undefined && room.locked) return refuse("room_locked");
       const old = own && room.connected.get(own.index);
+      if (old !== undefined && socket.data.goodbye !== undefined) return; // it has closed meanwhile, and replaces nobody
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       if (claimed !== undefined) handOver(claimed, clientId);
@@ -1462,6 +1464,9 @@ class Bucket {
   }
 }
 
+/** A frame for a room's members, all but `except`. `rest` are those who haven't got it yet, if it goes to one after the other. */
+type Broadcast = { readonly frame: string; readonly except: Socket | undefined; readonly rest: Socket[] | undefined };
+
 /**
  * One of those who share the relay: a room, or an address with its sockets that are in no room. What is beyond its share of a turn
  * waits here, in order.
@@ -1475,13 +1480,13 @@ class Flow {
   wokenIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
-  /** Who left the room while there was no credit to say so. They come before any frame. */
-  readonly farewells: ServerMessage[] = [];
+  /** What the room's members are to be sent first, if there was no credit for it or it is large. */
+  readonly outbox: Broadcast[] = [];
 
   constructor(readonly room?: Room) {}
 
   get isBehind(): boolean {
-    return this.waiting.size > 0 || this.farewells.length > 0;
+    return this.waiting.size > 0 || this.outbox.length > 0;
   }
 }
 
@@ -1502,6 +1507,8 @@ class Turns {
   readonly #config: Config;
   readonly #relay: Relay;
   #turn = 0;
+  /** What this turn has read. */
+  #frames = 0;
   #isUnderWay = false;
   #begunAt = 0;
   /** The work that one flow may do in this turn. */
@@ -1510,6 +1517,8 @@ class Turns {
   #flows = 0;
   /** Whether this turn had its one frame that is larger than a share. */
   #hadLarge = false;
+  /** The flow that was refused last, because its frame is large and another had been. */
+  #refused: Flow | undefined;
   /** The flow that the frame in hand is charged to. */
   #payer: Flow | undefined;
   /** The work for which somebody has been charged. */
@@ -1518,6 +1527,8 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
+  /** Sockets that aren't read from, because this turn has read much or memory is short. */
+  readonly #held = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
   #isBusy = false;
   /** The deliveries until `#rateSince`. */
@@ -1532,21 +1543,20 @@ class Turns {
   /** Takes a frame that was read: handles it, or lets it wait. */
   received(socket: Socket, frame: string | Buffer, now: number): void {
     const session = socket.data;
-    if (session.queue !== undefined) return void session.queue.push(frame);
-    if (!this.#isUnderWay) this.#begin(now);
+    this.#takeIn(now);
+    if (session.queue !== undefined) {
+      if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
+      return;
+    }
     const { flow } = session;
     if (!flow.isBehind && this.#mayHandle(flow, frame)) this.#handle(socket, frame, flow, now);
     else this.#wait(socket, frame, flow);
   }
 
-  /** Takes a token for what isn't a frame of ours: a ping, or a pong that nobody asked for. */
-  takeToken(socket: Socket, now: number): void {
-    const session = socket.data;
-    session.bucket.take(now);
-    if (session.queue !== undefined || !session.bucket.isEmpty(now) || socket.readyState !== WebSocket.OPEN) return;
-    this.#pause(socket);
-    this.#waitForToken(socket);
-    capReached(this.#relay, "messages per second");
+  /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
+  receivedPing(socket: Socket, now: number): void {
+    this.#takeIn(now);
+    this.#takeToken(socket, now);
   }
 
   /** Whether a joiner finds a room whose members know who left, and which has credit. */
@@ -1576,14 +1586,46 @@ class Turns {
   farewell(room: Room, message: ServerMessage): void {
     const { flow } = room;
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
-    if (!flow.isBehind && this.#hasCredit(flow)) return this.#sayFarewell(room, message);
-    flow.farewells.push(message);
-    this.#behind.add(flow);
+    if (flow.outbox.length > 0 || !this.#hasCredit(flow)) return this.publishLater(room, frameOf(message));
+    const payer = this.#payer;
+    this.settle();
+    this.#payer = flow;
+    announce(room, message);
+    this.settle();
+    this.#payer = payer;
+  }
+
+  /** Sends a frame to a room's members when it is the room's turn, before anything else is handled for the room. */
+  publishLater(room: Room, frame: string, except?: Socket): void {
+    const isLarge = frame.length * room.connected.size > LARGE_BYTES;
+    const rest = isLarge ? [...room.connected.values()].filter((socket) => socket !== except) : undefined;
+    if (isLarge) room.published += Buffer.byteLength(frame);
+    room.flow.outbox.push({ frame, except, rest });
+    this.#behind.add(room.flow);
+    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
+  }
+
+  /** Reads no more from sockets that weren't heard since then (clock time). */
+  hold(since: number): void {
+    for (const socket of this.#relay.sockets) {
+      if (socket.data.queue !== undefined || socket.data.heardAt > since) continue;
+      this.#pause(socket);
+      this.#held.add(socket);
+    }
+  }
+
+  /** Reads on from so many of those. */
+  release(now: number, most: number): void {
+    for (const socket of [...this.#held].slice(0, most)) this.#readOn(socket, now);
+  }
+
+  get isHolding(): boolean {
+    return this.#held.size > 0;
   }
 
   /** Lets go of a room that is over. Who waited to join it is told so. */
   disband(flow: Flow): void {
-    flow.farewells.length = 0;
+    flow.outbox.length = 0;
     this.#behind.delete(flow);
     for (const socket of flow.waiting) this.#enqueue(socket, socket.data.flow);
     flow.waiting.clear();
@@ -1597,7 +1639,9 @@ class Turns {
     session.waitsFor = undefined;
     session.goodbye?.cancel();
     session.goodbye = undefined;
+    this.#relay.leaving.delete(socket);
     this.#empty.delete(socket);
+    this.#held.delete(socket);
   }
 
   /**
@@ -1607,14 +1651,51 @@ class Turns {
   sayGoodbye(socket: Socket, leave: () => void): void {
     const session = socket.data;
     if (session.queue === undefined || session.queue.length === 0) return leave();
+    this.#relay.leaving.add(socket);
     session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave) };
+  }
+
+  /**
+   * Counts what is read. After TURN_FRAMES the turn reads no more: whoever has sent much can't keep the others waiting with it, for
+   * they are read on from in an order of ours.
+   */
+  #takeIn(now: number): void {
+    if (!this.#isUnderWay) this.#begin(now);
+    if (++this.#frames === TURN_FRAMES) this.hold(Infinity);
+  }
+
+  #readOn(socket: Socket, now: number): void {
+    this.#held.delete(socket);
+    this.#goOn(socket, now);
+  }
+
+  /** Reads on from those that are held: the first of each flow first, then the second of each, as far as a turn may get. */
+  #readOnInTurn(now: number): void {
+    const rounds = new Map<Flow, number>();
+    const held = [...this.#held].map((socket) => {
+      const round = rounds.get(socket.data.flow) ?? 0;
+      rounds.set(socket.data.flow, round + 1);
+      return { socket, round };
+    });
+    for (const { socket } of held.sort((a, b) => a.round - b.round).slice(0, TURN_SOCKETS)) this.#readOn(socket, now);
+  }
+
+  #takeToken(socket: Socket, now: number): void {
+    const session = socket.data;
+    session.bucket.take(now);
+    if (session.queue !== undefined || !session.bucket.isEmpty(now) || socket.readyState !== WebSocket.OPEN) return;
+    this.#pause(socket);
+    this.#waitForToken(socket);
+    capReached(this.#relay, "messages per second");
   }
 
   #begin(now: number): void {
     this.#turn++;
+    this.#frames = 0;
     this.#isUnderWay = true;
     this.#begunAt = now;
     this.#hadLarge = false;
+    this.#refused = undefined;
     this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
     this.#flows = 0;
     setImmediate(() => this.#end());
@@ -1622,15 +1703,18 @@ class Turns {
 
   /** What has arrived is read. What waits gets its share in the next turn, which begins at once. */
   #end(): void {
+    this.#relay.memory.lookIfMuchWasSent();
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
-    this.#relay.memory.lookIfMuchWasSent();
-    if (this.#behind.size === 0) return this.#restIfBusy(now);
+    const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
+    if (this.#behind.size === 0 && !canReadOn) return this.#restIfBusy(now);
     this.#begin(now);
+    if (canReadOn) this.#readOnInTurn(now);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
       this.#serve(flow, now);
+      if (flow === this.#refused) continue; // it keeps its place for the next turn's large frame
       this.#behind.delete(flow);
       if (flow.isBehind) this.#behind.add(flow);
     }
@@ -1638,13 +1722,9 @@ class Turns {
 
   /** Handles what waits for a flow, for its share. */
   #serve(flow: Flow, now: number): void {
-    while (flow.room !== undefined && this.#hasCredit(flow)) {
-      const farewell = flow.farewells.shift();
-      if (farewell === undefined) break;
-      this.#sayFarewell(flow.room, farewell);
-    }
-    if (flow.farewells.length > 0) return;
     for (;;) {
+      if (flow.room !== undefined) this.#sendOutbox(flow.room);
+      if (flow.outbox.length > 0) return;
       const socket = first(flow.waiting);
       const [frame] = socket?.data.queue ?? [];
       if (socket === undefined || frame === undefined || !this.#mayHandle(flow, frame)) return;
@@ -1656,10 +1736,20 @@ class Turns {
     }
   }
 
-  #sayFarewell(room: Room, message: ServerMessage): void {
-    const before = this.work;
-    announce(room, message);
-    room.flow.credit -= this.work - before;
+  /** Sends what a room's members are to get first. A large frame waits while memory that was freed is still falling. */
+  #sendOutbox(room: Room): void {
+    const { flow } = room;
+    this.#payer = flow;
+    for (this.#settledAt = this.work; this.#hasCredit(flow); this.settle()) {
+      const [broadcast] = flow.outbox;
+      if (broadcast === undefined || (broadcast.rest !== undefined && this.#relay.memory.isFalling)) break;
+      const { frame, except, rest } = broadcast;
+      const socket = rest?.pop();
+      if (socket?.data.slot?.room === room) write(socket, frame);
+      if (rest === undefined) publishNow(room, frame, except);
+      if (rest === undefined || rest.length === 0) flow.outbox.shift();
+    }
+    this.#payer = undefined;
   }
 
   #hasCredit(flow: Flow): boolean {
@@ -1676,7 +1766,10 @@ class Turns {
     if (!this.#hasCredit(flow)) return false;
     const receivers = flow.room?.connected.size ?? 1;
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
-    if (this.#hadLarge) return false;
+    if (this.#hadLarge) {
+      this.#refused = flow;
+      return false;
+    }
     this.#hadLarge = true;
     return true;
   }
@@ -1693,7 +1786,7 @@ class Turns {
     this.settle();
     this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
-    this.takeToken(socket, now);
+    this.#takeToken(socket, now);
   }
 
   /** Lets a frame wait, before those of its socket that wait already. */
@@ -1771,6 +1864,7 @@ function opened(socket: Socket): void {
   relay.cancelIdle();
   relay.connectionsTotal++;
   session.origin.connections++;
+  if (relay.sockets.size % LOOK_SOCKETS === 0) relay.memory.look();
   if (relay.memory.isShort) return turnAway(socket, "memory");
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
     const victim = first(relay.roomless) ?? socket;
@@ -1808,7 +1902,7 @@ function pinged(socket: Socket): void {
   const { relay } = socket.data;
   const now = relay.config.clock.now();
   heard(socket, now);
-  relay.turns.takeToken(socket, now);
+  relay.turns.receivedPing(socket, now);
 }
 
 function ponged(socket: Socket): void {
@@ -1816,7 +1910,7 @@ function ponged(socket: Socket): void {
   const now = session.relay.config.clock.now();
   const isAnswer = session.unanswered > 0;
   heard(socket, now);
-  if (!isAnswer) session.relay.turns.takeToken(socket, now);
+  if (!isAnswer) session.relay.turns.receivedPing(socket, now);
 }
 
 /** A socket is closed. If the other side did so properly, what it had sent before is handled first. */
@@ -1874,15 +1968,14 @@ function reportException(relay: Relay, error: unknown): void {
   });
 }
 
-/** Runs something again and again until the relay has ended. @param run says in how many ms it wants to run next */
-function repeat(relay: Relay, ms: number, run: () => number): void {
+/** Runs something every `ms` until the relay has ended. */
+function repeat(relay: Relay, ms: number, run: () => void): void {
   relay.config.clock.after(ms, () => {
     if (relay.stage.name === "ended") return;
-    let next = ms;
     try {
-      next = run();
+      run();
     } finally {
-      repeat(relay, next, run);
+      repeat(relay, ms, run);
     }
   });
 }
@@ -1892,7 +1985,7 @@ function repeat(relay: Relay, ms: number, run: () => number): void {
 /**
  * Keeps the process below its memory. Unfinished messages raise no event and are in no figure but that of the whole process, so
  * it looks as often as one core could fill what is left. Above the limit it cuts what covers the excess, and waits for
- * the effect before it cuts for the same excess again.
+ * the effect before it cuts for the same excess again. Meanwhile it reads only from those who say whole things.
  */
 class Memory {
   /** Newcomers are turned away. */
@@ -1904,11 +1997,12 @@ class Memory {
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
   #lookAtBytesOut = Infinity;
+  #cancelNext = () => {};
 
   constructor(relay: Relay) {
     this.#relay = relay;
     this.#base = relay.config.memory();
-    if (relay.config.maxMemoryBytes > 0) repeat(relay, LOOK_LEAST_MS, () => this.look());
+    this.look();
   }
 
   /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
@@ -1916,10 +2010,15 @@ class Memory {
     if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
   }
 
-  /** Cuts what is above the limit. @returns in how many ms to look again */
-  look(): number {
-    const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
-    if (limit === 0) return LOOK_MOST_MS;
+  /** What was cut may still be in the figure. */
+  get isFalling(): boolean {
+    return this.#cuts.length > 0;
+  }
+
+  /** Cuts what is above the limit. */
+  look(): void {
+    const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
+    if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
     let used = memory();
     if (used > limit && now >= this.#collectedAt + EFFECT_MS) {
@@ -1929,10 +2028,22 @@ class Memory {
     }
     this.isShort = used > limit;
     this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
-    this.#cuts = this.#cuts.filter(({ until }) => until > now);
-    const excess = used - limit - this.#cuts.reduce((sum, { bytes }) => sum + bytes, 0);
+    const freed = this.#cuts.reduce((sum, { bytes, until }) => sum + (until > now ? bytes : 0), 0);
+    const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
-    return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, (limit - used) / FILL_BYTES_PER_MS));
+    this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
+    if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS);
+    else this.#relay.turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(1, (limit - used) / maxMessageBytes));
+    this.#cancelNext();
+    this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
+  }
+
+  /** In how many ms to look again: sooner than one core can fill what is left, if the sockets that are open can hold so much. */
+  #nextIn(left: number): number {
+    const { maxMessageBytes } = this.#relay.config;
+    if (this.isFalling || this.#relay.turns.isHolding || left <= 0) return LOOK_LEAST_MS;
+    if (maxMessageBytes !== 0 && this.#relay.sockets.size * maxMessageBytes < left) return LOOK_MOST_MS;
+    return Math.min(LOOK_MOST_MS, Math.max(LOOK_LEAST_MS, left / FILL_BYTES_PER_MS));
   }
 
   /** Cuts until an excess is covered. @returns how many bytes that should free */
@@ -1945,6 +2056,11 @@ class Memory {
       socket.terminate();
     };
     capReached(relay, "memory");
+    for (const { data } of [...relay.leaving]) {
+      if (freed >= excess) return freed;
+      freed += FRAME_BYTES * (data.queue?.length ?? 0);
+      data.goodbye?.leave();
+    }
     for (let rooms = lingeringOfTheMost(relay); rooms.length > 0; rooms = lingeringOfTheMost(relay))
       for (const room of rooms) {
         if (freed >= excess) return freed;
@@ -1957,16 +2073,20 @@ class Memory {
       if (bytes <= UNSENT_BYTES) break;
       cut(socket, bytes);
     }
-    const each = Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
+    /** What one socket holds on average that is in no figure. */
+    const average = () => Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
     for (const socket of [...relay.roomless]) {
       if (freed >= excess) return freed;
-      cut(socket, each);
+      cut(socket, average());
     }
+    const { maxMessageBytes } = relay.config;
     while (freed < excess && relay.sockets.size > 0) {
+      // More than members can hold isn't theirs: it is still falling, or the process's own.
+      if (maxMessageBytes !== 0 && average() > 2 * maxMessageBytes) return freed;
       const [most] = [...relay.addresses.values()].sort((a, b) => b.sockets.size - a.sockets.size);
       for (const socket of [...(most?.sockets ?? [])]) {
         if (freed >= excess) return freed;
-        cut(socket, each);
+        cut(socket, average());
       }
     }
     return freed;
@@ -2400,7 +2520,6 @@ function watchLag(relay: Relay): void {
     relay.lag.push(Math.max(0, clock.now() - due));
     if (relay.lag.length > LAG_SAMPLES) relay.lag.shift();
     due = clock.now() + LAG_MS;
-    return LAG_MS;
   });
 }
 
@@ -2620,10 +2739,7 @@ export function startRelay(options: Partial<Config> = {}): RelayHandle {
   const config = { ...DEFAULTS, ...options };
   const relay = new Relay(config);
   relay.server = listen(relay);
-  repeat(relay, SWEEP_MS, () => {
-    sweep(relay);
-    return SWEEP_MS;
-  });
+  repeat(relay, SWEEP_MS, () => sweep(relay));
   watchLag(relay);
   watchIdle(relay);
   warnOfDescriptors(config);

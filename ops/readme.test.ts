@@ -1,12 +1,37 @@
-/** The README, tried: its snippets in a real browser, its line of output, its table of defaults. */
-import { expect, test } from "bun:test";
-import { configFromEnv } from "../server.ts";
+/** What stands in the README and the pages under `ops/`, tried: snippets, output, tables, links. */
+import { describe, expect, test } from "bun:test";
+import { existsSync } from "node:fs";
+import { cp } from "node:fs/promises";
+import { dirname, join } from "node:path";
+import { CloseCode, ConfigError, configFromEnv } from "../server.ts";
 import { openPage, whyNoBrowser } from "./shared/browser.ts";
-import { RelayProcess } from "./shared/processes.ts";
+import { temporaryDirectory } from "./shared/directory.ts";
+import { parseMetrics, scrape } from "./shared/metrics.ts";
+import { Child, RelayProcess, ROOT } from "./shared/processes.ts";
 import { testRelay } from "./shared/relay.ts";
 
-const readme = await Bun.file(new URL("../README.md", import.meta.url)).text();
-const snippets = [...readme.matchAll(/```js\n([\s\S]*?)```/g)].map(([, code]) => code as string);
+const read = (path: string) => Bun.file(join(ROOT, path)).text();
+const PAGES = ["README.md", ...[...new Bun.Glob("ops/**/*.md").scanSync(ROOT)].sort()];
+const readme = await read("README.md");
+const operators = await read("ops/operators.md");
+
+/** The blocks of code in a language. */
+const blocks = (page: string, language: string): string[] =>
+  [...page.matchAll(new RegExp(`^\`\`\`${language}\\n([\\s\\S]*?)^\`\`\`$`, "gm"))].map(([, code]) => code as string);
+/** What stands under a heading, up to the next one of any level. */
+const section = (page: string, heading: string): string =>
+  page.split(/^(?=#+ )/m).find((part) => part.startsWith(`#`) && part.split("\n")[0]?.replace(/^#+ /, "") === heading) ?? "";
+/** The names in backticks in the first cell of a table's rows. */
+const firstCells = (text: string): string[] =>
+  [...text.matchAll(/^\| ([^|]*\S) +\|/gm)].flatMap(([, cell]) =>
+    [...(cell as string).matchAll(/`([^`]+)`/g)].map(([, name]) => name as string),
+  );
+
+const snippets = blocks(readme, "js");
+
+test("README: at most 1,500 words", () => {
+  expect(readme.split(/\s+/).filter(Boolean).length).toBeLessThanOrEqual(1500);
+});
 
 test.skipIf(whyNoBrowser !== undefined)(
   `README: host and guest talk, from pages of another origin, in a browser${whyNoBrowser ?? ""}`,
@@ -83,14 +108,71 @@ test("README: `bun run server.ts` prints the line that it shows", async () => {
   expect(await relay.stop("SIGTERM")).toBe(0);
 });
 
-test("README: the table's defaults are the relay's", () => {
-  const config = configFromEnv({}) as unknown as Record<string, unknown>;
-  const rows = [...readme.matchAll(/^\| `([A-Z_]+)` +\| (\d+) +\|/gm)];
-  expect(rows.length).toBe(10);
-  for (const [, name, value] of rows) {
-    const key = (name as string).toLowerCase().replace(/_(.)/g, (_, letter: string) => letter.toUpperCase());
-    expect([name, config[key]]).toEqual([name, Number(value)]);
-  }
+test("README: an embedded relay is two files, and answers", async () => {
+  await using directory = await temporaryDirectory("embedded");
+  for (const name of ["server.ts", "regions.ts"]) await cp(join(ROOT, name), join(directory.path, name));
+  const [embedding] = blocks(readme, "ts") as [string];
+  const asks = 'socket.onopen = () => socket.send(JSON.stringify({ type: "ping", t: 7 }));';
+  const ends = "await new Promise((resolve) => socket.addEventListener('message', resolve));";
+  await Bun.write(join(directory.path, "try.ts"), [embedding, asks, ends, "socket.close();"].join("\n"));
+  await using child = new Child([process.execPath, "run", "try.ts"], { cwd: directory.path });
+  expect(await child.exited).toBe(0);
+  expect(child.lines).toEqual([expect.stringMatching(/^\{"type":"pong","t":7,"now":\d+\}$/)]);
+});
+
+test("README: screen and phone talk by the client", async () => {
+  await using relay = testRelay();
+  await using directory = await temporaryDirectory("client");
+  await cp(join(ROOT, "ops/demo/party.ts"), join(directory.path, "party.ts"));
+  const [imports, url, screen, phone] = (blocks(readme, "ts")[1] as string).split("\n\n") as [string, string, string, string];
+  const start = async (name: string, ...lines: string[]) => {
+    const here = url.replace("wss://relay.example", relay.url);
+    await Bun.write(join(directory.path, name), [imports, here, ...lines].join("\n"));
+    return new Child([process.execPath, "run", name], { cwd: directory.path });
+  };
+  await using host = await start("host.ts", screen);
+  const [, code] = await host.line(/^Join with (\w{6})$/);
+  await using guest = await start("guest.ts", `globalThis.prompt = () => "${code}";`, phone);
+  await guest.line(/^open\b/);
+  await host.line(/^1 \{/);
+  expect(host.lines.join(" ")).toMatch(/1 \{\s*x: 1,\s*y: 2,?\s*\}/);
+});
+
+describe("README: the table of variables", () => {
+  const table = section(readme, "Limits and configuration");
+
+  test("has the relay's defaults", () => {
+    const config = configFromEnv({}) as unknown as Record<string, unknown>;
+    const rows = [...table.matchAll(/^\| `([A-Z_]+)` +\| (\d+) +\|/gm)];
+    expect(rows.length).toBe(12);
+    for (const [, name, value] of rows) {
+      const key = (name as string).toLowerCase().replace(/_(.)/g, (_, letter: string) => letter.toUpperCase());
+      expect([name, config[key]]).toEqual([name, Number(value)]);
+    }
+  });
+
+  test("has every variable that the relay reads, and no other", () => {
+    const names = new Set<string>();
+    const env = new Proxy<Record<string, string>>(
+      { PEERS: "a" },
+      {
+        get(values, name) {
+          names.add(String(name));
+          return values[String(name)];
+        },
+      },
+    );
+    expect(() => configFromEnv(env)).toThrow(ConfigError); // PEERS needs more than itself
+    const own = [...names].filter((name) => !name.startsWith("FLY_"));
+    expect(firstCells(table).sort()).toEqual(own.sort());
+  });
+});
+
+test("README: the codes with which the server closes are there", () => {
+  const codes = [...section(readme, "When the server closes a socket").matchAll(/^\| (\d{4})/gm)].map(([, code]) => Number(code));
+  const { INTERNAL_ERROR, ...others } = CloseCode; // a bug in the relay is one of "else"
+  expect(codes).toEqual(expect.arrayContaining(Object.values(others)));
+  expect(codes).not.toContain(INTERNAL_ERROR);
 });
 
 test("README: names the Bun version that package.json pins", async () => {
@@ -100,4 +182,101 @@ test("README: names the Bun version that package.json pins", async () => {
   const named = [...readme.matchAll(/\bbun@[\d.]+\d/g)].map(([text]) => text);
   expect(named.length).toBeGreaterThan(2);
   expect(new Set(named)).toEqual(new Set([packageManager]));
+});
+
+test("clients.md: every refusal has its row", async () => {
+  await using relay = testRelay();
+  const errors = parseMetrics(await scrape(relay.url)).filter(({ name }) => name === "party_sockets_errors_total");
+  const codes = errors.map(({ labels }) => labels.code as string).filter((code) => code !== "internal");
+  expect(firstCells(section(await read("ops/clients.md"), "Refusals")).sort()).toEqual(codes.sort());
+});
+
+describe("operators.md", () => {
+  test("has every series of /metrics", async () => {
+    await using relay = testRelay();
+    const names = [...(await scrape(relay.url)).matchAll(/^# TYPE (\S+)/gm)].map(([, name]) => name as string);
+    expect(firstCells(section(operators, "Metrics")).sort()).toEqual(names.sort());
+  });
+
+  test("says what to do at each alert, and names panels that the dashboard has", async () => {
+    const { groups } = Bun.YAML.parse(await read("ops/alerts.yml")) as { groups: { rules: { alert: string }[] }[] };
+    const alerts = section(operators, "Alerts");
+    expect(firstCells(alerts)).toEqual(groups.flatMap(({ rules }) => rules.map(({ alert }) => alert)));
+    const { panels } = (await Bun.file(join(ROOT, "ops/grafana-dashboard.json")).json()) as { panels: { title: string }[] };
+    const named = [...alerts.matchAll(/"([^"]+)"/g)].map(([, title]) => title as string);
+    expect(named.length).toBeGreaterThan(0);
+    expect(panels.map(({ title }) => title)).toEqual(expect.arrayContaining(named));
+  });
+
+  test("has a StatefulSet whose variables a relay takes", () => {
+    type Variable = { name: string; value?: string; valueFrom?: { fieldRef: { fieldPath: string } } };
+    type Pod = { terminationGracePeriodSeconds: number; containers: { env: Variable[] }[] };
+    type Resource = {
+      kind: string;
+      metadata: { name: string };
+      spec: { serviceName?: string; replicas?: number; template?: { spec: Pod } };
+    };
+    const [service, set] = Bun.YAML.parse(blocks(section(operators, "Kubernetes"), "yaml")[0] as string) as [Resource, Resource];
+    const { replicas = 0, serviceName, template } = set.spec;
+    const { containers, terminationGracePeriodSeconds } = template?.spec as Pod;
+    const fields: Record<string, string> = { "metadata.name": `${set.metadata.name}-1`, "status.podIP": "10.1.2.3" };
+    const env = Object.fromEntries(
+      (containers[0]?.env ?? []).map(({ name, value, valueFrom }) => [
+        name,
+        value ?? fields[valueFrom?.fieldRef.fieldPath ?? ""],
+      ]),
+    );
+    const { drainSeconds, host } = configFromEnv(env);
+    expect({ serviceName, host }).toEqual({ serviceName: service.metadata.name, host: "10.1.2.3" });
+    expect(env.PEERS).toBe(Array.from({ length: replicas }, (_, i) => `${set.metadata.name}-${i}`).join());
+    expect(env.PEER_ADDRESS).toContain(`{id}.${service.metadata.name}.`);
+    expect(terminationGracePeriodSeconds).toBeGreaterThan(drainSeconds);
+  });
+
+  test("names the drain that fly.toml has, within what Fly.io allows", async () => {
+    const { env, kill_timeout } = Bun.TOML.parse(await read("fly.toml")) as {
+      env: { DRAIN_SECONDS: string };
+      kill_timeout: string;
+    };
+    const [drain, kill] = [Number(env.DRAIN_SECONDS), Number.parseInt(kill_timeout)];
+    expect(drain).toBeLessThan(kill);
+    expect(kill).toBeLessThanOrEqual(300);
+    expect(/`DRAIN_SECONDS = (\d+)`/.exec(operators)?.[1]).toBe(`${drain}`);
+    expect(/games have (\d+) s to end/.exec(readme)?.[1]).toBe(`${drain}`);
+  });
+});
+
+describe("links", () => {
+  /** The anchors of a page's headings, as GitHub makes them. */
+  const anchors = (page: string): string[] =>
+    [...page.replace(/^```[\s\S]*?^```$/gm, "").matchAll(/^#+ (.+)$/gm)].map(([, heading]) =>
+      (heading as string)
+        .toLowerCase()
+        .replace(/[^\p{L}\p{N}_ -]/gu, "")
+        .replaceAll(" ", "-"),
+    );
+
+  test.each(PAGES)("%s: they lead to files and headings that exist", async (path) => {
+    const page = await read(path);
+    const dead: string[] = [];
+    for (const [, link = ""] of page.matchAll(/\]\(([^)\s]+)\)/g)) {
+      if (/^https?:/.test(link)) continue;
+      const [file = "", anchor] = link.split("#");
+      const target = file === "" ? path : join(dirname(path), file);
+      if (!(await Bun.file(join(ROOT, target)).exists())) dead.push(link);
+      else if (anchor !== undefined && !anchors(await read(target)).includes(anchor)) dead.push(link);
+    }
+    expect(dead).toEqual([]);
+  });
+
+  test.each(PAGES)("%s: names paths and commands that exist", async (path) => {
+    const page = await read(path);
+    const { scripts } = (await Bun.file(join(ROOT, "package.json")).json()) as { scripts: Record<string, string> };
+    const unknown: string[] = [];
+    for (const [, named = ""] of page.matchAll(/(?<![\w/.])(ops\/[\w./-]*\w)/g))
+      if (!existsSync(join(ROOT, named))) unknown.push(named);
+    for (const [, command = ""] of page.matchAll(/\bbun run ([\w:-]+)(?![\w./:-])/g))
+      if (!Object.hasOwn(scripts, command)) unknown.push(`bun run ${command}`);
+    expect(unknown).toEqual([]);
+  });
 });

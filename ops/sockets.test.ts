@@ -128,7 +128,7 @@ describe("a flooder", () => {
     expect(at.clock.pending).toBe(timers + 1);
     at.flooder.end();
     const frames: Frame[] = [];
-    for (let n = 0; n < 20 && frames.at(-1)?.type !== "peer_left"; n++) {
+    for (let n = 0; n < 200 && frames.at(-1)?.type !== "peer_left"; n++) {
       at.clock.advance(TICK_MS);
       frames.push(...(await at.peer.soFar()));
     }
@@ -298,6 +298,101 @@ describe("pings and pongs that nobody asked for", () => {
     phone.send({ type: "send", data: 1 }, { type: "send", data: 2 });
     expect(await host.next()).toMatchObject({ data: 1 });
     expect(await host.soFar()).toEqual([]);
+  });
+});
+
+describe("a relay that is short of memory", () => {
+  const MIB = 1024 * 1024;
+  /** A relay of 100 MiB that believes what `at.used` says of its memory. */
+  async function scene() {
+    const clock = new TestClock();
+    const at = { used: 50 * MIB };
+    const limits = { maxMemoryBytes: 100 * MIB, maxBufferedBytes: 64 * MIB, maxMessageBytes: 64 * MIB };
+    const relay = testRelay({ clock, memory: () => at.used, addressHeader: "X-Forwarded-For", ...limits });
+    const open = (address: string) => Client.open(relay.url, { "X-Forwarded-For": address });
+    /** So much too much is noticed at the next look. */
+    const exceed = (bytes: number) => {
+      at.used = 100 * MIB + bytes;
+      clock.advance(200); // less than the 0.3 s in which the figure is given time to fall
+      at.used = 50 * MIB;
+      clock.advance(500);
+    };
+    const host = await open("1.1.1.1");
+    const room = await host.create();
+    clock.advance(500); // from now on it looks as often as the sockets could fill what is left
+    return { relay, clock, at, open, exceed, host, room, [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose]() };
+  }
+  const LOST = { code: 1006, reason: expect.any(String) };
+
+  test("lets lingering empty rooms go first, of the address that created the most", async () => {
+    await using at = await scene();
+    const blip = async (address: string) => {
+      const client = await at.open(address);
+      const room = await client.create(2, "x", { linger: 300 });
+      await client.close();
+      return room;
+    };
+    const [one, ...many] = [await blip("2.2.2.2"), await blip("3.3.3.3"), await blip("3.3.3.3"), await blip("3.3.3.3")];
+    const roomless = await at.open("4.4.4.4");
+    await roomless.soFar();
+    at.exceed(100);
+    const statuses = await Promise.all(
+      [one, ...many, at.room].map(async (room) => (await fetch(`${at.relay.url}/room/${room}`)).status),
+    );
+    expect(statuses).toEqual([200, 404, 200, 200, 200]); // the nearest to its end
+    expect(await roomless.soFar()).toEqual([]);
+  });
+
+  test("then terminates sockets in no room, the longest so first, then members of the address with the most sockets", async () => {
+    await using at = await scene();
+    const [first, second] = [await at.open("2.2.2.2"), await at.open("2.2.2.2")];
+    const crowd: Client[] = [];
+    for (let i = 0; i < 5; i++) {
+      const guest = await at.open("3.3.3.3");
+      await guest.join(at.room, `guest ${i}`);
+      crowd.push(guest);
+    }
+    at.exceed(1);
+    expect(await first.closed).toEqual(LOST);
+    expect(await second.soFar()).toEqual([]);
+    at.exceed(1);
+    expect(await second.closed).toEqual(LOST);
+    await at.host.soFar();
+    at.exceed(1);
+    expect(await Promise.race(crowd.map((guest) => guest.closed))).toEqual(LOST);
+    expect(await at.host.soFar()).toMatchObject([{ type: "peer_left" }]);
+    expect((await (await fetch(`${at.relay.url}/metrics`)).text()).includes('reason="slow"} 1')).toBe(true);
+  });
+
+  test("terminates those with the most unsent bytes before anybody who reads", async () => {
+    await using at = await scene();
+    const roomless = await at.open("2.2.2.2");
+    const reader = await at.open("2.2.2.2");
+    await reader.join(at.room, "reader");
+    const slow = await sits(at.relay.url, at.room, "slow");
+    await at.host.soFar();
+    slow.pause();
+    for (let i = 0; i < 60; i++) at.host.send({ type: "send", data: "x".repeat(200_000) }); // more than the kernel keeps
+    await at.host.soFar();
+    for (let got = 0; got < 60;) if ((await reader.next()).type === "message") got++;
+    at.exceed(1);
+    expect(await at.host.soFar()).toEqual([{ type: "peer_left", index: 2 }]);
+    for (const client of [roomless, reader])
+      expect((await client.soFar()).filter(({ type }) => type !== "peer_left")).toEqual([]);
+  });
+
+  test("turns newcomers away with 1013 meanwhile, and waits for the effect before it cuts again", async () => {
+    await using at = await scene();
+    const roomless: Client[] = [];
+    for (let i = 0; i < 3; i++) roomless.push(await at.open("2.2.2.2"));
+    at.at.used = 101 * MIB;
+    at.clock.advance(100);
+    expect(await (await at.open("5.5.5.5")).closed).toEqual({ code: 1013, reason: "server full" });
+    expect(await roomless[0]?.closed).toEqual(LOST);
+    at.at.used = 50 * MIB;
+    at.clock.advance(1_000);
+    expect(await (await at.open("5.5.5.5")).create()).toHaveLength(6);
+    for (const client of roomless.slice(1)) expect(await client.soFar()).toEqual([]);
   });
 });
 

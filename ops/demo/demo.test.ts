@@ -1,7 +1,8 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { whyNoBrowser } from "../shared/browser.ts";
 import { RelayProcess } from "../shared/processes.ts";
-import { Client, testRelay, type Frame } from "../shared/testing.ts";
+import { Client, type Frame } from "../shared/client.ts";
+import { testRelay } from "../shared/relay.ts";
 import {
   cleanName,
   COLOURS,

@@ -2,7 +2,8 @@
 import { describe, expect, test } from "bun:test";
 import { openPage, whyNoBrowser } from "../shared/browser.ts";
 import { parseMetrics, scrape } from "../shared/metrics.ts";
-import { Client, testRelay } from "../shared/testing.ts";
+import { Client } from "../shared/client.ts";
+import { testRelay } from "../shared/relay.ts";
 import { until, within } from "../shared/wait.ts";
 
 const PAGE = `<!doctype html><title>Game</title><script type="module">

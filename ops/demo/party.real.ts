@@ -8,7 +8,8 @@ import { join } from "node:path";
 import { openPage, whyNoBrowser } from "../shared/browser.ts";
 import { temporaryDirectory } from "../shared/directory.ts";
 import { run } from "../shared/processes.ts";
-import { Client, testRelay } from "../shared/testing.ts";
+import { Client } from "../shared/client.ts";
+import { testRelay } from "../shared/relay.ts";
 import { within } from "../shared/wait.ts";
 
 const whyNot = Bun.which("npm") ? undefined : " (skipped: no npm on this machine)";

@@ -69,6 +69,7 @@ export class RawSocket {
   #socket!: Bun.Socket;
   #unsent = Buffer.alloc(0);
   #received: Buffer[] = [];
+  #skim: ((bytes: Buffer) => void) | undefined;
   #wake: (() => void) | undefined;
   #isOver = false;
   readonly #closed = Promise.withResolvers<"closed" | "reset">();
@@ -87,6 +88,7 @@ export class RawSocket {
       port: Number(port),
       socket: {
         data(_, bytes) {
+          if (raw.#skim !== undefined) return raw.#skim(bytes);
           raw.#received.push(bytes);
           raw.#wake?.();
         },
@@ -117,6 +119,13 @@ export class RawSocket {
     const all = Buffer.concat(this.#received);
     this.#received = [all];
     return all;
+  }
+
+  /** Hands what came, and all that comes from now on, to `take`, and keeps none of it: for floods. */
+  skim(take: (bytes: Buffer) => void): void {
+    this.#skim = take;
+    take(this.received);
+    this.#received = [];
   }
 
   /** Sends bytes as they are. */

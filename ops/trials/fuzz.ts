@@ -16,8 +16,10 @@ import { type Arena, main, trial, type Trial } from "./trial.ts";
 
 type Attack = (arena: Arena, raw: RawSocket) => Promise<void>;
 
-const TYPES = "create join send send send send set_state close_room set_room kick set_host leave ping".split(" ");
-const ANSWERS = new Set("created joined peer_joined peer_left message state room host left pong draining error".split(" "));
+const TYPES = "create join send send send send set_state close_room set_room kick set_host offer_slot leave ping".split(" ");
+const ANSWERS = new Set(
+  "created joined peer_joined peer_left message state room host slot_offer left pong draining error".split(" "),
+);
 
 /** JSON texts that somebody may not have thought of. */
 const HOSTILE = [
@@ -37,13 +39,14 @@ function message({ random, rooms }: Arena): string {
     clientId: () => JSON.stringify(`c${random.below(9)}`),
     maxClients: () => String(1 + random.below(8)),
     linger: () => String(random.below(2)), // longer, and the rooms outlive the trial
-    hostGrace: () => "1",
+    hostGrace: () => random.pick(["0", "1"]),
     migrate: () => String(random.chance(0.5)),
     url: () => '"https://example.com/{room}?at={instance}"',
     room: () => JSON.stringify(random.pick(rooms)),
     data: () => random.pick(HOSTILE),
     to: () => random.pick(["0", "1", "[0,1,2]", "7"]),
     echo: () => "true",
+    claim: () => JSON.stringify("A".repeat(22)),
     index: () => String(random.below(4)),
     locked: () => String(random.chance(0.2)),
     t: () => String(random.next()),
@@ -307,6 +310,53 @@ const ATTACKS: Record<string, Attack> = {
     } finally {
       guest.reset();
     }
+  },
+
+  /** A slot is offered again and again, and many devices reach for it at once: one of them has it in the end. */
+  async claims(arena, raw) {
+    const { random, url, fault } = arena;
+    const crew = [raw, ...(await Promise.all([1, 2, 3, 4].map(() => RawSocket.connect(url))))];
+    try {
+      for (const one of crew) if (!(await upgrade(arena, one))) return;
+      raw.send({ type: "create", clientId: "host", maxClients: 2 });
+      const { room } = await raw.next();
+      if (room === undefined) return;
+      const [guest, ...others] = crew.slice(1) as [RawSocket, ...RawSocket[]];
+      guest.send({ type: "join", clientId: "guest", room });
+      if ((await guest.next()).type !== "joined") return; // its address has guessed too often
+      const offers = Array.from({ length: 1 + random.below(40) }, () => ({ type: "offer_slot", index: 1 }));
+      raw.send({ type: "set_room", locked: random.chance(0.5) }, ...offers);
+      const tokens: string[] = [];
+      while (tokens.length < offers.length) {
+        const { type, token } = await raw.next();
+        if (type === "slot_offer") tokens.push(token);
+      }
+      if (random.chance(0.3)) random.chance(0.5) ? guest.end() : guest.reset();
+      if (random.chance(0.1)) raw.send({ type: "kick", index: 1 });
+      const claim = random.chance(0.9) ? tokens.at(-1) : random.pick(tokens);
+      for (const [i, other] of others.entries()) other.send({ type: "join", clientId: `d${i}`, room, claim });
+      const answers = await Promise.all(others.map((other) => other.next()));
+      if (answers.filter(({ type }) => type === "joined").length > 1) fault(`a claim was good twice: ${JSON.stringify(answers)}`);
+      for (const one of crew) one.end();
+      for (const one of crew) await readAnswers(one, fault);
+    } finally {
+      for (const one of crew) one.reset();
+    }
+  },
+
+  /** Who says more than its bucket holds, and hangs up in the same breath: what waits is handled by a socket that is closed. */
+  async goodbyes(arena, raw) {
+    const { random, rooms } = arena;
+    if (!(await upgrade(arena, raw))) return;
+    const create = { type: "create", clientId: "c0", maxClients: 2, linger: random.below(2) };
+    const join = { type: "join", clientId: `c${random.below(9)}`, room: random.pick(rooms) };
+    const acts = [create, join, { type: "leave" }, { type: "send", data: 1 }, { type: "ping" }, { type: "close_room" }];
+    const pings = Array.from({ length: random.pick([0, 4_000, 5_000]) }, () => '{"type":"ping"}');
+    const last = Array.from({ length: random.below(8) }, () => random.pick(acts));
+    const close = clientFrame(Buffer.from([0x03, 0xe8]), { opcode: 8 });
+    const texts = [...pings, ...last.map((act) => JSON.stringify(act))];
+    raw.write(Buffer.concat([...texts.map((text) => clientFrame(text)), close]));
+    await stay(raw, random.below(300));
   },
 
   /** More sockets than the relay takes, roomless and idle. */

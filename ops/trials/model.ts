@@ -9,6 +9,7 @@
 import { badUsage, readFlags } from "../shared/flags.ts";
 import { Random } from "../shared/random.ts";
 import { Client } from "../shared/client.ts";
+import type { RelayHandle } from "../../server.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
 
 // ---------------------------------------------------------------------------------------------------------
@@ -20,17 +21,25 @@ const CONFIG = {
   instance: "m/1", // needs percent-encoding in a URL
   region: "xyz",
   maxClientsPerRoom: 9,
-  maxRooms: 4,
+  maxRooms: 5,
   maxMessagesPerSecond: 0, // a burst must not be paused
-  maxMissesPerMinute: 0,
+  maxMissesPerMinute: 4,
   drainSeconds: 60,
+  addressHeader: "X-Forwarded-For",
 };
+
+/** What an operator may have set for all rooms; the seed picks. */
+type Defaults = { defaultLingerSeconds: number; defaultHostGraceSeconds: number };
 
 const CLIENT_ID_LENGTH = 128;
 const STATE_BYTES = 16384;
 const URL_BYTES = 512;
 const TARGETS = 64;
 const ORIGIN_LENGTH = 256;
+const OFFER_MS = 300_000;
+const MINUTE_MS = 60_000;
+const KNOWN_PER_ROOM = 1000;
+const KNOWN_IN_ALL = 100_000;
 
 /** A message ending in this stands for any message that starts so: the rest is the relay's to word. */
 const ELLIPSIS = "…";
@@ -45,7 +54,9 @@ const CODES: Record<string, string> = {
   "Room is full": "room_full",
   "Room is locked": "room_locked",
   "Kicked from room": "kicked",
+  "Claim not found": "claim_not_found",
   "Target peer not found": "peer_not_found",
+  "Too many attempts": "too_many_attempts",
   "State too large": "state_too_large",
   "Server draining": "draining",
   "Server full": "capacity",
@@ -63,21 +74,37 @@ class Twin {
   /** How the relay must have closed it. */
   closed: { code: number; reason: string } | undefined;
   slot: Slot | undefined;
-  constructor(readonly origin: string) {}
+  constructor(
+    readonly origin: string,
+    /** What its address counts as. */
+    readonly address: string,
+  ) {}
 }
 
 class Slot {
   twin: Twin | undefined;
   barred = false;
+  /** Its token, if a client that is still there saw it. */
+  offer: { token: string | undefined; until: number } | undefined;
+  /** When it became vacant: a number that grows. */
+  vacantSince = 0;
   constructor(
     readonly room: Room,
     readonly index: number,
-    readonly clientId: string,
+    public clientId: string,
   ) {}
+
+  /** Whether it may be forgotten. */
+  get absent(): boolean {
+    return this.twin === undefined && this.index !== this.room.host;
+  }
 }
 
 class Room {
+  /** Those that are remembered, at their index. */
   readonly slots: Slot[] = [];
+  /** How many there have been. */
+  issued = 0;
   host = 0;
   locked = false;
   state: string | undefined;
@@ -88,8 +115,11 @@ class Room {
   constructor(
     readonly code: string,
     readonly origin: string,
+    /** The address of who created it. */
+    readonly address: string,
     readonly linger: number,
-    readonly hostGrace: number | undefined,
+    /** 0: none. */
+    readonly hostGrace: number,
     readonly migrate: boolean,
     readonly url: string | undefined,
     public maxClients: number,
@@ -98,11 +128,45 @@ class Room {
   get connected(): Slot[] {
     return this.slots.filter((slot) => slot.twin !== undefined);
   }
+
+  get remembered(): Slot[] {
+    return this.slots.flatMap((slot) => slot);
+  }
+
+  add(clientId: string): Slot {
+    const slot = new Slot(this, this.issued++, clientId);
+    this.slots[slot.index] = slot;
+    return slot;
+  }
+
+  of(clientId: string): Slot | undefined {
+    return this.remembered.find((slot) => slot.clientId === clientId);
+  }
 }
 
 type Fields = Map<string, unknown>;
-/** The message of a refusal, or nothing. */
-type Outcome = string | undefined;
+/** The message of a refusal, with its code where that isn't the usual one; or nothing. */
+type Outcome = string | { message: string; code: string } | undefined;
+
+/** The codes and claims that weren't there, by address. */
+class Misses {
+  readonly #minutes = new Map<string, { count: number; ends: number }>();
+
+  over(address: string, now: number): boolean {
+    const minute = this.#minutes.get(address);
+    return minute !== undefined && now < minute.ends && minute.count >= CONFIG.maxMissesPerMinute;
+  }
+
+  add(address: string, now: number): void {
+    const minute = this.#minutes.get(address);
+    if (minute !== undefined && now < minute.ends) minute.count++;
+    else this.#minutes.set(address, { count: 1, ends: now + MINUTE_MS });
+  }
+
+  get ends(): number[] {
+    return [...this.#minutes.values()].map(({ ends }) => ends);
+  }
+}
 
 /** What a relay does by the specification: time and frames go in, expectations pile up at each socket. */
 class Model {
@@ -113,10 +177,23 @@ class Model {
   /** Frames that the relay must have read and written. */
   read = 0;
   written = 0;
-  /** The codes that the relay has drawn, for the rooms that are to be created. */
+  /** Refusals by code, joins by kind, and members that went, by reason. */
+  readonly errors = new Map<string, number>();
+  readonly joins = new Map<string, number>();
+  readonly gone = new Map<string, number>();
+  /** The codes that the relay has drawn, for the rooms that are to be created; and the tokens, for offers. */
   codes: string[] = [];
+  tokens: string[] = [];
+  readonly #lookUpMisses = new Misses();
+  readonly #socketMisses = new Misses();
+  /** Slots that went to another clientId. */
+  claimed = 0;
+  #departures = 0;
 
-  constructor(now: number) {
+  constructor(
+    now: number,
+    readonly defaults: Defaults,
+  ) {
     this.now = now;
   }
 
@@ -124,19 +201,25 @@ class Model {
     return [...this.rooms.values()].reduce((sum, room) => sum + room.connected.length, 0);
   }
 
-  /** The times at which a room ends or changes its host, if nothing else happens. */
+  /** The times at which a room ends or changes its host, or an address may guess again, if nothing else happens. */
   get deadlines(): number[] {
-    return [...this.rooms.values()].flatMap((room) => room.lingersUntil ?? room.graceUntil ?? []);
+    const misses = [...this.#lookUpMisses.ends, ...this.#socketMisses.ends];
+    return [...[...this.rooms.values()].flatMap((room) => room.lingersUntil ?? room.graceUntil ?? []), ...misses];
   }
 
-  open(originHeader: string | undefined): Twin {
-    const twin = new Twin(originHeader?.slice(0, ORIGIN_LENGTH) ?? "unknown");
+  /** The times at which offers end. */
+  get offerEnds(): number[] {
+    return [...this.rooms.values()].flatMap(({ slots }) => slots.flatMap(({ offer }) => offer?.until ?? []));
+  }
+
+  open(originHeader: string | undefined, address: string): Twin {
+    const twin = new Twin(originHeader?.slice(0, ORIGIN_LENGTH) ?? "unknown", address);
     this.twins.add(twin);
     return twin;
   }
 
   /** The client closed the socket, or it was lost. */
-  gone(twin: Twin): void {
+  lose(twin: Twin): void {
     this.twins.delete(twin);
     if (twin.slot !== undefined) this.#depart(twin.slot);
     this.#endIfDrained();
@@ -147,7 +230,8 @@ class Model {
     this.read++;
     const fields = typeof text === "string" ? parse(text) : undefined;
     const refusal = fields === undefined ? "Invalid JSON" : this.#act(twin, fields, data ?? "");
-    if (refusal !== undefined) this.#tell(twin, refusalFrame(refusal));
+    if (refusal !== undefined) this.#refuse(twin, refusalFrame(refusal));
+    if (refusal === "Too many attempts") this.#close(twin, 1008, "too many attempts");
     this.#endIfDrained();
   }
 
@@ -165,19 +249,33 @@ class Model {
   }
 
   drain(): void {
-    this.drainEnds = this.now + CONFIG.drainSeconds * 1000;
-    for (const room of this.rooms.values()) if (room.lingersUntil !== undefined) this.rooms.delete(room.code);
+    this.drainEnds = this.now + (this.rooms.size === 0 ? 0 : CONFIG.drainSeconds * 1000);
     for (const twin of this.twins) this.#tellDraining(twin);
     this.#endIfDrained();
   }
 
   /** What `GET /room/:code` answers: status and body. */
-  lookUp(code: string): { status: number; body: object } {
+  lookUp(code: string, address: string): { status: number; body: object } {
     const room = this.rooms.get(code);
-    if (room === undefined) return { status: 404, body: { error: "Room not found" } };
+    if (this.#lookUpMisses.over(address, this.now) && !this.#sits(address, room))
+      return { status: 429, body: { error: "Too many attempts" } };
+    if (room === undefined) {
+      this.#lookUpMisses.add(address, this.now);
+      return { status: 404, body: { error: "Room not found" } };
+    }
     const { maxClients, origin, url } = room;
     const body = { clients: room.connected.length, maxClients, origin, locked: room.locked || undefined, url };
     return { status: 200, body };
+  }
+
+  /** Whether a member from this address is in a room. */
+  #sits(address: string, room: Room | undefined): boolean {
+    return room?.connected.some(({ twin }) => twin?.address === address) ?? false;
+  }
+
+  #refuse(twin: Twin, frame: ReturnType<typeof refusalFrame> & { missing?: number[] }): void {
+    count(this.errors, frame.code);
+    this.#tell(twin, frame);
   }
 
   #tell(twin: Twin, frame: Expected): void {
@@ -197,8 +295,32 @@ class Model {
   #close(twin: Twin, code: number, reason: string): void {
     twin.closed = { code, reason };
     this.twins.delete(twin);
-    if (twin.slot !== undefined) twin.slot.twin = undefined;
-    twin.slot = undefined;
+    if (twin.slot === undefined) return;
+    this.#vacate(twin.slot);
+    count(this.gone, { 1012: "shutdown", 4000: "replaced", 4001: "room_closed", 4002: "kicked" }[code] ?? "?");
+  }
+
+  /** A slot's socket is gone from it. */
+  #vacate(slot: Slot): void {
+    if (slot.twin !== undefined) slot.twin.slot = undefined;
+    slot.twin = undefined;
+    slot.vacantSince = ++this.#departures;
+  }
+
+  /** Too many absent players: who is gone longest is forgotten. */
+  #forget(room: Room): void {
+    const drop = (slots: Slot[]) => {
+      const slot = slots.reduce((a, b) => (a.vacantSince <= b.vacantSince ? a : b));
+      delete slot.room.slots[slot.index];
+    };
+    const absent = room.slots.filter((slot) => slot.absent);
+    if (absent.length > KNOWN_PER_ROOM) drop(absent);
+    const byAddress = new Map<string, Slot[]>([[room.address, []]]);
+    for (const { address, slots } of this.rooms.values())
+      byAddress.set(address, [...(byAddress.get(address) ?? []), ...slots.filter((slot) => slot.absent)]);
+    const all = [...byAddress.values()];
+    if (all.reduce((sum, { length }) => sum + length, 0) <= KNOWN_IN_ALL) return;
+    drop(all.reduce((most, slots) => (slots.length > most.length ? slots : most)));
   }
 
   #closeRoom(room: Room, code: number, reason: string): void {
@@ -220,24 +342,28 @@ class Model {
 
   #depart(slot: Slot, reason?: "left" | "kicked"): void {
     const { room, index } = slot;
-    if (slot.twin !== undefined) slot.twin.slot = undefined;
-    slot.twin = undefined;
+    if (reason !== "kicked") {
+      this.#vacate(slot);
+      count(this.gone, "left");
+    }
+    this.#forget(room);
     this.#tellAll(room, { type: "peer_left", index, reason });
     this.#watchHost(room);
     if (room.connected.length > 0) return;
-    if (room.linger > 0 && reason !== "left" && this.drainEnds === undefined) room.lingersUntil = this.now + room.linger * 1000;
+    if (room.linger > 0 && reason !== "left") room.lingersUntil = this.now + room.linger * 1000;
     else this.rooms.delete(room.code);
   }
 
   /** The grace runs while the host's slot is vacant and others are connected. */
   #watchHost(room: Room): void {
     const missed = room.connected.length > 0 && room.slots[room.host]?.twin === undefined;
-    if (missed && room.hostGrace !== undefined) room.graceUntil ??= this.now + room.hostGrace * 1000;
+    if (missed && room.hostGrace > 0) room.graceUntil ??= this.now + room.hostGrace * 1000;
     else room.graceUntil = undefined;
   }
 
   #setHost(room: Room, index: number): void {
     room.host = index;
+    this.#forget(room);
     this.#tellAll(room, { type: "host", index });
     this.#watchHost(room);
   }
@@ -256,7 +382,9 @@ class Model {
       }
       case "send":
       case "leave":
+      case "offer_slot":
         if (twin.slot === undefined) return "Not in a room";
+        if (type === "offer_slot") return this.#offer(twin.slot, fields);
         return type === "leave" ? this.#leave(twin.slot) : this.#send(twin.slot, fields, data);
       case "set_state":
       case "close_room":
@@ -271,14 +399,14 @@ class Model {
   }
 
   #create(twin: Twin, fields: Fields): Outcome {
-    const fault = clientIdFault(fields) ?? maxClientsFault(fields) ?? optionsFault(fields);
+    const { defaultLingerSeconds, defaultHostGraceSeconds } = this.defaults;
+    const fault = clientIdFault(fields) ?? maxClientsFault(fields) ?? optionsFault(fields, defaultHostGraceSeconds);
     if (fault !== undefined) return fault;
     if (twin.slot !== undefined) return "Already in a room";
     if (this.drainEnds !== undefined) return "Server draining";
     if (this.rooms.size >= CONFIG.maxRooms) {
-      const [next] = [...this.rooms.values()]
-        .filter((room) => room.lingersUntil !== undefined)
-        .sort((a, b) => a.lingersUntil! - b.lingersUntil!);
+      const [most] = this.lingering();
+      const [next] = (most ?? []).sort((a, b) => a.lingersUntil! - b.lingersUntil!);
       if (next === undefined) return "Server full";
       this.rooms.delete(next.code);
     }
@@ -287,38 +415,65 @@ class Model {
     const room = new Room(
       code,
       twin.origin,
-      (fields.get("linger") as number | undefined) ?? 0,
-      fields.get("hostGrace") as number | undefined,
+      twin.address,
+      (fields.get("linger") as number | undefined) ?? defaultLingerSeconds,
+      (fields.get("hostGrace") as number | undefined) ?? defaultHostGraceSeconds,
       fields.get("migrate") === true,
       template === undefined ? undefined : fillUrl(template, code),
       fields.get("maxClients") as number,
     );
     this.rooms.set(code, room);
-    const slot = new Slot(room, 0, fields.get("clientId") as string);
-    room.slots.push(slot);
-    this.#sit(twin, slot);
+    this.#sit(twin, room.add(fields.get("clientId") as string));
     const { instance, region } = CONFIG;
     this.#tell(twin, { type: "created", room: code, instance, region, index: 0, url: room.url });
     return;
+  }
+
+  /** Lingering rooms by the address that created them, the most first. */
+  lingering(): Room[][] {
+    const byAddress = Map.groupBy(this.rooms.values(), (room) => (room.lingersUntil === undefined ? "" : room.address));
+    byAddress.delete("");
+    return [...byAddress.values()].sort((a, b) => b.length - a.length);
   }
 
   #join(twin: Twin, fields: Fields): Outcome {
     const code = fields.get("room");
     const fault = clientIdFault(fields) ?? (typeof code !== "string" || code === "" ? "room is required" : undefined);
     if (fault !== undefined) return fault;
+    const claim = fields.get("claim");
+    if (fields.has("claim") && typeof claim !== "string") return "claim must be a string";
     if (twin.slot !== undefined) return "Already in a room";
     const room = this.rooms.get(code as string);
-    if (room === undefined) return "Room not found";
     const clientId = fields.get("clientId") as string;
-    let slot = room.slots.find((known) => known.clientId === clientId);
+    const { address } = twin;
+    let slot = room?.of(clientId);
+    if (slot === undefined && this.#socketMisses.over(address, this.now) && !this.#sits(address, room))
+      return "Too many attempts";
+    if (room === undefined) {
+      this.#socketMisses.add(address, this.now);
+      return "Room not found";
+    }
+    if (slot === undefined && claim !== undefined) {
+      slot = room.remembered.find(({ barred, offer }) => !barred && offer?.token === claim && this.now < offer.until);
+      if (slot === undefined) {
+        this.#socketMisses.add(address, this.now);
+        return "Claim not found";
+      }
+    }
     const old = slot?.twin;
     if (slot?.barred) return "Kicked from room";
     if (slot === undefined && room.locked) return "Room is locked";
     if (old === undefined && room.connected.length >= room.maxClients) return "Room is full";
 
+    if (slot !== undefined && slot.clientId !== clientId) {
+      slot.clientId = clientId;
+      slot.offer = undefined;
+      this.claimed++;
+    }
     const resumed = (slot !== undefined && old === undefined) || undefined;
+    count(this.joins, old !== undefined ? "replaced" : resumed ? "resumed" : "new");
     if (old !== undefined) this.#close(old, 4000, "replaced");
-    if (slot === undefined) room.slots.push((slot = new Slot(room, room.slots.length, clientId)));
+    slot ??= room.add(clientId);
     const { index } = slot;
     if (old === undefined) this.#tellAll(room, { type: "peer_joined", index, resumed });
     this.#sit(twin, slot);
@@ -334,6 +489,18 @@ class Model {
   #leave(slot: Slot): Outcome {
     this.#tell(slot.twin!, { type: "left", room: slot.room.code });
     this.#depart(slot, "left");
+    return;
+  }
+
+  #offer(own: Slot, fields: Fields): Outcome {
+    const { room } = own;
+    const index = fields.has("index") ? fields.get("index") : own.index;
+    if (index !== own.index && own.index !== room.host) return "Only the host can offer another's slot";
+    const slot = typeof index === "number" ? room.slots[index] : undefined;
+    if (slot === undefined || slot.barred) return "Target peer not found";
+    const token = this.tokens.shift();
+    slot.offer = { token, until: this.now + OFFER_MS };
+    this.#tell(own.twin!, { type: "slot_offer", index: slot.index, token });
     return;
   }
 
@@ -356,8 +523,11 @@ class Model {
       if (member !== undefined) this.#tell(member, frame);
     }
     if (missing.length === 0) return;
-    if (!Array.isArray(to)) return "Target peer not found";
-    this.#tell(twin!, { ...refusalFrame("Target peer not found"), missing });
+    if (!Array.isArray(to)) {
+      const isAway = room.slots[to as number]?.barred === false;
+      return isAway ? { message: "Target peer not found", code: "peer_away" } : "Target peer not found";
+    }
+    this.#refuse(twin!, { ...refusalFrame("Target peer not found"), missing });
     return;
   }
 
@@ -368,7 +538,8 @@ class Model {
       if (type === "close_room") return "Only the host can close the room";
       return `Only the host can ${ELLIPSIS}`;
     }
-    const target = room.slots[fields.get("index") as number];
+    const index = fields.get("index");
+    const target = typeof index === "number" ? room.slots[index] : undefined;
     switch (type) {
       case "set_state":
         if (!fields.has("data")) return "State data is required";
@@ -390,7 +561,8 @@ class Model {
         return;
       }
       case "kick": {
-        if (typeof fields.get("index") !== "number" || target === undefined) return "Target peer not found";
+        if (!isWholeFrom(index, 0, room.issued - 1)) return "Target peer not found";
+        if (target === undefined) return; // forgotten
         if (target === slot) return "Cannot kick yourself";
         target.barred = true;
         const { twin } = target;
@@ -400,7 +572,7 @@ class Model {
         return;
       }
       default: // set_host
-        if (typeof fields.get("index") !== "number" || target?.twin === undefined) return "Target peer not found";
+        if (target?.twin === undefined) return "Target peer not found";
         if (target !== slot) this.#setHost(room, target.index);
         return;
     }
@@ -417,7 +589,13 @@ function parse(text: string): Fields | undefined {
   }
 }
 
-function refusalFrame(message: string): { type: string; message: string; code: string } {
+function count(counts: Map<string, number>, key: string): void {
+  counts.set(key, (counts.get(key) ?? 0) + 1);
+}
+
+function refusalFrame(refusal: NonNullable<Outcome>): { type: string; message: string; code: string } {
+  if (typeof refusal === "object") return { type: "error", ...refusal };
+  const message = refusal;
   const hostOnly = message.startsWith("Only the host can");
   return { type: "error", message, code: CODES[message] ?? (hostOnly ? "not_host" : "bad_request") };
 }
@@ -427,25 +605,26 @@ const stateFrame = (data: string): string => `{"type":"state","data":${data}}`;
 const isWholeFrom = (value: unknown, least: number, most: number): boolean =>
   Number.isInteger(value) && (value as number) >= least && (value as number) <= most;
 
-function clientIdFault(fields: Fields): Outcome {
+function clientIdFault(fields: Fields): string | undefined {
   const clientId = fields.get("clientId");
   if (typeof clientId !== "string" || clientId === "") return "clientId is required";
   return clientId.length > CLIENT_ID_LENGTH ? "clientId is too long" : undefined;
 }
 
-function maxClientsFault(fields: Fields): Outcome {
+function maxClientsFault(fields: Fields): string | undefined {
   const maxClients = fields.get("maxClients");
   if (!isWholeFrom(maxClients, 1, Infinity)) return "maxClients must be a positive number";
   const { maxClientsPerRoom: most } = CONFIG;
   return (maxClients as number) > most ? `maxClients must be at most ${most}` : undefined;
 }
 
-function optionsFault(fields: Fields): Outcome {
+function optionsFault(fields: Fields, defaultGrace: number): string | undefined {
   if (fields.has("linger") && !isWholeFrom(fields.get("linger"), 0, 300)) return "linger must be a whole number from 0 to 300";
-  if (fields.has("hostGrace") && !isWholeFrom(fields.get("hostGrace"), 1, 3600))
-    return "hostGrace must be a whole number from 1 to 3600";
+  if (fields.has("hostGrace") && !isWholeFrom(fields.get("hostGrace"), 0, 3600))
+    return "hostGrace must be a whole number from 0 to 3600";
   if (fields.has("migrate") && typeof fields.get("migrate") !== "boolean") return "migrate must be true or false";
-  if (fields.get("migrate") === true && !fields.has("hostGrace")) return "migrate needs hostGrace";
+  const grace = (fields.get("hostGrace") as number | undefined) ?? defaultGrace;
+  if (fields.get("migrate") === true && grace === 0) return "migrate needs hostGrace";
   const url = fields.get("url");
   const fits = typeof url === "string" && new TextEncoder().encode(url).length <= URL_BYTES;
   if (fields.has("url") && !(fits && fillUrl(url, "AbCd12") !== undefined)) return `url${ELLIPSIS}`;
@@ -628,8 +807,9 @@ const BAD_CLIENT_IDS = [TOO_LONG, '""', "null", "5", '["a"]', TOO_LONG, undefine
 const BAD_MAX_CLIENTS = ["10", "10", "0", "-1", "1.5", '"3"', "null", "true", "1e400", "1e300", "10", "[]"];
 const BAD_ROOMS = ['""', "null", "5", "[]", undefined];
 const BAD_INDICES = ["-1", "1.5", '"0"', "null", "true", "[0]", "99", "{}", undefined];
-const LINGERS = ["0", "1", "2", "5", "5.0", "20", "20", "300"];
-const GRACES = ["1", "2", "5", "2e1", "20", "3600"];
+const LINGERS = ["0", "1", "2", "5", "5.0", "20", "60", "299", "300"];
+const GRACES = ["0", "1", "2", "5", "2e1", "20", "3600"];
+const BAD_CLAIMS = ["null", "5", "[]", '""', '"x"', `"${"A".repeat(22)}"`];
 const NOT_BOOLEAN = ["null", "0", '"true"', "[]"];
 const BAD_TARGETS = [
   ...["-1", "0.5", '"0"', '""', "null", "true", "{}", "1e400", "99", "12345678901"],
@@ -644,6 +824,8 @@ class Writer {
   #fresh = 0;
   /** Codes of rooms that were there once. */
   readonly codes: string[] = [];
+  /** Tokens that were offered once. */
+  readonly tokens: string[] = [];
 
   constructor(
     readonly dice: Random,
@@ -668,7 +850,7 @@ class Writer {
   #type(room: Room | undefined, index: number | undefined, mayCreate: boolean): string {
     const { dice } = this;
     const roomless = room === undefined;
-    const host = roomless ? 3 : index === room.host ? 30 : 6;
+    const host = roomless ? 3 : index === room.host ? 30 : 9;
     const type = dice.weighted({
       ping: 3,
       garbage: 5,
@@ -676,15 +858,18 @@ class Writer {
       join: roomless ? 70 : 1,
       send: roomless ? 3 : 45,
       leave: roomless ? 1 : 2,
+      offer_slot: roomless ? 1 : 6,
       host,
     });
-    return type === "host" ? dice.weighted(HOST_MESSAGES) : type;
+    if (type !== "host") return type;
+    return index === room?.host ? dice.weighted(HOST_MESSAGES) : dice.pick(Object.keys(HOST_MESSAGES));
   }
 
-  /** Where two rooms would go at the same time, either may make place for a new one. */
+  /** If two rooms would go at the same time, or two addresses have as many that linger, either may make place for a new one. */
   #tied(): boolean {
-    const times = [...this.model.rooms.values()].flatMap((room) => room.lingersUntil ?? []);
-    return new Set(times).size < times.length;
+    const lingering = this.model.lingering();
+    const times = lingering.flat().map((room) => room.lingersUntil);
+    return new Set(times).size < times.length || (lingering.length > 1 && lingering[0]?.length === lingering[1]?.length);
   }
 
   #message(type: string, room: Room | undefined, index: number | undefined): Sent {
@@ -730,6 +915,12 @@ class Writer {
         const text = wrong ? dice.pick(BAD_INDICES) : numberText(dice, index ?? 0);
         return text === undefined ? [] : [["index", text]];
       }
+      case "offer_slot": {
+        if (dice.chance(0.5)) return [];
+        const index = dice.chance(0.2) ? own : this.#index(room);
+        const text = wrong ? dice.pick(BAD_INDICES) : numberText(dice, index ?? 0);
+        return text === undefined ? [] : [["index", text]];
+      }
       case "ping":
         return dice.chance(0.5) ? [["t", dice.pick([...ODD_NUMBERS, '"1"', "null", "[]"])]] : [];
       default:
@@ -746,7 +937,7 @@ class Writer {
     const wrong = () => dice.chance(0.1);
     if (dice.chance(0.6)) members.push(["linger", wrong() ? dice.pick(["-1", "301", "1.5", "null", '"5"']) : dice.pick(LINGERS)]);
     if (dice.chance(0.45))
-      members.push(["hostGrace", wrong() ? dice.pick(["0", "3601", "1.5", "null", "true"]) : dice.pick(GRACES)]);
+      members.push(["hostGrace", wrong() ? dice.pick(["-1", "3601", "1.5", "null", "true"]) : dice.pick(GRACES)]);
     if (dice.chance(0.4)) members.push(["migrate", wrong() ? dice.pick(NOT_BOOLEAN) : `${dice.chance(0.8)}`]);
     if (dice.chance(0.3)) members.push(["url", dice.chance(0.2) ? dice.pick(BAD_URLS) : JSON.stringify(dice.pick(GOOD_URLS))]);
     return members;
@@ -761,7 +952,17 @@ class Writer {
     const code = JSON.stringify(this.code(room));
     const text = dice.chance(0.04) ? dice.pick(BAD_ROOMS) : code;
     if (text !== undefined) members.push(["room", text]);
+    if (dice.chance(0.3)) members.push(["claim", this.#claim(room)]);
     return members;
+  }
+
+  /** An offer's token, mostly one that is open. */
+  #claim(room: Room | undefined): string {
+    const { dice } = this;
+    const open = room?.slots.flatMap(({ offer }) => offer?.token ?? []) ?? [];
+    if (open.length > 0 && dice.chance(0.8)) return JSON.stringify(dice.pick(open));
+    const old = this.tokens.slice(-6);
+    return old.length > 0 && dice.chance(0.6) ? JSON.stringify(dice.pick(old)) : dice.pick(BAD_CLAIMS);
   }
 
   /** A room's code; without a room, one that names none, or perhaps a room that is gone. */
@@ -775,7 +976,7 @@ class Writer {
     const { dice } = this;
     if (dice.chance(0.05)) return dice.pick(BAD_CLIENT_IDS);
     if (dice.chance(0.15)) return `"fresh ${this.#fresh++}"`;
-    const known = room?.slots.map((slot) => slot.clientId) ?? [];
+    const known = room?.remembered.map((slot) => slot.clientId) ?? [];
     const clientId = known.length > 0 && dice.chance(0.4) ? dice.pick(known) : dice.pick(CLIENT_IDS);
     return dice.chance(0.1) ? escaped(dice, clientId) : JSON.stringify(clientId);
   }
@@ -790,7 +991,7 @@ class Writer {
     const { dice } = this;
     const connected = room?.connected ?? [];
     if (connected.length > 0 && dice.chance(0.7)) return dice.pick(connected).index;
-    return dice.below((room?.slots.length ?? 0) + 1);
+    return dice.below((room?.issued ?? 0) + 1);
   }
 
   #garbage(): Sent {
@@ -829,6 +1030,16 @@ const CHUNK_MS = 5_000; // less than a relay's tick for dead peers: the sockets 
 const PATIENCE_MS = 5_000; // for an answer that comes in microseconds, or never
 const HISTORY = 12; // steps that a failure shows
 const SHOWN = 300; // characters of a frame that a failure shows
+
+/** What the address header may say, and what that counts as. */
+const ADDRESSES = [
+  ["192.0.2.1", "a"],
+  ["::ffff:192.0.2.1", "a"],
+  ["198.51.100.7, 192.0.2.2", "b"],
+  ["2001:db8:0:ff01::1", "c"],
+  ["2001:DB8::ffAA:0:0:0:2", "c"],
+  ["2001:db8:0:fe01::1", "d"],
+] as const;
 
 const ORIGINS = [undefined, "https://a.example", "https://b.example:8443", `https://${"x".repeat(300)}.example`];
 
@@ -870,8 +1081,8 @@ export async function runModel(options: RunOptions): Promise<Tally> {
 
 class Run {
   readonly clock = new TestClock();
-  readonly relay = testRelay({ ...CONFIG, clock: this.clock });
-  readonly model = new Model(this.clock.now());
+  readonly relay: RelayHandle;
+  readonly model: Model;
   readonly dice: Random;
   readonly writer: Writer;
   readonly tally: Tally = { frames: 0, seen: new Map() };
@@ -883,6 +1094,9 @@ class Run {
 
   constructor(readonly options: RunOptions) {
     this.dice = new Random(options.seed);
+    const defaults = { defaultLingerSeconds: this.dice.pick([0, 4]), defaultHostGraceSeconds: this.dice.pick([0, 6]) };
+    this.relay = testRelay({ ...CONFIG, ...defaults, clock: this.clock });
+    this.model = new Model(this.clock.now(), defaults);
     this.writer = new Writer(this.dice, this.model);
   }
 
@@ -896,6 +1110,7 @@ class Run {
     }
     if (!this.#over) await this.#outlast();
     await this.#sync(this.#links);
+    this.tally.seen.set("claimed", this.model.claimed);
     let ended = false;
     void this.relay.ended.then(() => (ended = true));
     await this.#until("the relay to end", async () => {
@@ -922,6 +1137,7 @@ class Run {
         frames: 70,
         close: this.model.drainEnds === undefined ? 3 : 6,
         terminate: 1.5,
+        abandon: this.model.drainEnds === undefined ? 2.5 : 0,
         advance: 8,
         look: 4,
       })
@@ -938,6 +1154,14 @@ class Run {
       }
       case "terminate":
         return this.#terminate(link);
+      case "abandon": {
+        // Of the rooms that linger then, several addresses have some.
+        const lingers = ({ twin }: Link) => (twin.slot?.room.linger ?? 0) > 20;
+        const [first] = [link, ...this.#links].filter(lingers);
+        for (const each of first === undefined ? [] : [...this.#mates(first), first])
+          if (this.#links.includes(each)) await this.#close(each);
+        return;
+      }
       case "advance":
         return this.#advance(this.#time());
       case "look":
@@ -953,14 +1177,12 @@ class Run {
 
   async #open(): Promise<void> {
     const origin = this.dice.pick(ORIGINS);
+    const [header, address] = this.dice.pick(this.dice.chance(0.4) ? ADDRESSES.slice(0, 2) : ADDRESSES); // most from one
     const name = `#${++this.#opened}`;
-    this.#note(`${name} opens`);
-    const client = await this.#patiently("an upgrade", this.#client(origin));
-    this.#links.push({ name, client, twin: this.model.open(origin) });
-  }
-
-  #client(origin: string | undefined): Promise<Client> {
-    return Client.open(this.relay.url, origin === undefined ? {} : { Origin: origin });
+    this.#note(`${name} opens, from ${address}`);
+    const headers = { "X-Forwarded-For": header, ...(origin === undefined ? {} : { Origin: origin }) };
+    const client = await this.#patiently("an upgrade", Client.open(this.relay.url, headers));
+    this.#links.push({ name, client, twin: this.model.open(origin, address) });
   }
 
   /** One socket sends some frames at once. */
@@ -971,7 +1193,9 @@ class Run {
     for (const { text } of [...batch, ping]) link.client.send(text);
     const got = await this.#read(link, ping);
     this.model.codes = got.texts.flatMap((text) => (text.startsWith('{"type":"created"') ? roomIn(text) : []));
+    this.model.tokens = got.texts.flatMap((text) => (text.startsWith('{"type":"slot_offer"') ? this.#tokenIn(text) : []));
     this.writer.codes.push(...this.model.codes);
+    this.writer.tokens.push(...this.model.tokens);
     for (const sent of [...batch, ping]) this.model.handle(link.twin, sent);
     this.#compare(link, got);
     await this.#sync([...mates, ...this.#mates(link)]);
@@ -1006,14 +1230,15 @@ class Run {
 
   #drop(link: Link): void {
     this.#links.splice(this.#links.indexOf(link), 1);
-    if (link.twin.closed === undefined) this.model.gone(link.twin);
+    if (link.twin.closed === undefined) this.model.lose(link.twin);
   }
 
   /** Some time: any, or what is left until a room ends, and a millisecond less or more. */
   #time(): number {
     const { dice, model } = this;
     const soon = model.deadlines.filter((time) => time - model.now < 60_000);
-    const due = soon.length > 0 && dice.chance(0.7) ? dice.pick(soon) + dice.below(3) - 1 - model.now : 0;
+    const ends = dice.chance(0.04) ? model.offerEnds : dice.chance(0.7) ? soon : [];
+    const due = ends.length > 0 ? dice.pick(ends) + dice.below(3) - 1 - model.now : 0;
     const ms = due > 0 ? due : dice.pick([1, 19, 250, 999, 1000, 1001, 3000, 9000]);
     const { drainEnds } = model;
     return drainEnds === undefined ? ms : Math.min(ms, Math.max(0, drainEnds - CLOSING_MS - 1 - model.now));
@@ -1029,19 +1254,27 @@ class Run {
     }
   }
 
-  /** Looks a room up, and the counts. */
+  /** Looks a room up, or several as who guesses does, and the counts. */
   async #look(): Promise<void> {
-    const { model } = this;
-    const code = this.writer.code(this.dice.pick([...model.rooms.values(), undefined]));
-    this.#note(`/room/${code}`);
-    const answer = await fetch(`${this.relay.url}/room/${encodeURIComponent(code)}`);
-    const { status, body } = model.lookUp(code);
-    this.#same("GET /room", await answer.json(), body);
-    this.#same("status", answer.status, status);
-    this.#same("X-Instance-Id", answer.headers.get("x-instance-id"), CONFIG.instance);
-    const { rooms, clients, read, written } = await this.#metrics();
+    const { model, dice } = this;
+    const [header, address] = dice.pick(ADDRESSES);
+    for (let n = dice.chance(0.1) ? 2 * CONFIG.maxMissesPerMinute : 1; n > 0; n--) {
+      const code = this.writer.code(dice.chance(0.5) ? undefined : dice.pick([...model.rooms.values(), undefined]));
+      this.#note(`/room/${code}, from ${address}`);
+      const headers = { "X-Forwarded-For": header };
+      const answer = await fetch(`${this.relay.url}/room/${encodeURIComponent(code)}`, { headers });
+      const { status, body } = model.lookUp(code, address);
+      this.#count(`${status}`);
+      this.#same("GET /room", await answer.json(), body);
+      this.#same("status", answer.status, status);
+      this.#same("X-Instance-Id", answer.headers.get("x-instance-id"), CONFIG.instance);
+    }
+    const { rooms, clients, read, written, errors, joins, gone } = await this.#metrics();
     const { size } = model.rooms;
     this.#same("metrics", { rooms, clients, read }, { rooms: size, clients: model.clients, read: model.read });
+    this.#same("refusals", errors, sorted(model.errors));
+    this.#same("joins", joins, sorted(model.joins));
+    this.#same("members that went", gone, sorted(model.gone));
     this.#same("counts", await this.#counts(), { rooms: size, clients: model.clients });
     this.#same("frames out", written, model.written);
   }
@@ -1057,6 +1290,10 @@ class Run {
   async #outlast(): Promise<void> {
     const ms = this.model.drainEnds! - this.model.now;
     await this.#advance(Math.max(0, ms - CLOSING_MS - 1));
+    for (const link of [...this.#links]) {
+      const ends = link.twin.slot?.room.graceUntil ?? Infinity; // either end may come first then
+      if (ends <= this.model.drainEnds! && this.#links.includes(link)) await this.#close(link);
+    }
     if (this.#over) return;
     this.#note("the last seconds of the drain pass");
     const rest = this.model.drainEnds! - this.model.now;
@@ -1130,6 +1367,13 @@ class Run {
     this.#links.splice(this.#links.indexOf(link), 1);
   }
 
+  /** The token in a `slot_offer` frame: of the right form, and no second time. */
+  #tokenIn(text: string): string {
+    const { token } = JSON.parse(text) as { token: string };
+    if (!/^[\w-]{22}$/.test(token) || this.writer.tokens.includes(token)) this.#fail(`a token that is none: ${text}`);
+    return token;
+  }
+
   #count(label: string): void {
     this.tally.seen.set(label, (this.tally.seen.get(label) ?? 0) + 1);
   }
@@ -1146,15 +1390,28 @@ class Run {
     return { rooms: Number(rooms), clients: Number(clients) };
   }
 
-  async #metrics(): Promise<{ rooms: number; clients: number; read: number; written: number }> {
+  async #metrics() {
     const text = await (await fetch(`${this.relay.url}/metrics`)).text();
     const sample = (name: string, label = "") =>
       Number(new RegExp(`^party_sockets_${name}\\{[^}]*${label}[^}]*\\} (\\d+)$`, "m").exec(text)?.[1]);
+    const family = (name: string, label: string) => {
+      const counts = new Map<string, number>();
+      for (const [, key = "", value] of text.matchAll(
+        new RegExp(`^party_sockets_${name}\\{[^}]*${label}="(\\w+)"\\} ([1-9]\\d*)$`, "gm"),
+      )) {
+        const kind = key === "lost" ? "left" : key; // a socket that closed, by whatever code
+        if (kind !== "too_many_attempts") counts.set(kind, (counts.get(kind) ?? 0) + Number(value)); // of HTTP, too
+      }
+      return sorted(counts);
+    };
     return {
       rooms: sample("rooms"),
       clients: sample("clients"),
       read: sample("messages_total", 'direction="in"'),
       written: sample("messages_total", 'direction="out"'),
+      errors: family("errors_total", "code"),
+      joins: family("joins_total", "kind"),
+      gone: family("disconnects_total", "reason"),
     };
   }
 
@@ -1194,6 +1451,9 @@ class Run {
   }
 }
 
+const sorted = (counts: Map<string, number>) =>
+  Object.fromEntries([...counts].filter(([key]) => key !== "too_many_attempts").sort(([a], [b]) => (a < b ? -1 : 1)));
+
 /** The code in a `created` frame. */
 const roomIn = (text: string): string => (JSON.parse(text) as { room: string }).room;
 
@@ -1207,7 +1467,8 @@ function match(expected: Expected | undefined, text: string | undefined): string
   if (typeof message === "string" && message.endsWith(ELLIPSIS))
     if (String(got.message).startsWith(message.slice(0, -1))) got.message = message;
   if (!Bun.deepEquals(got, wanted)) return undefined;
-  return typeof message === "string" ? message : expected.type;
+  if (typeof message !== "string") return expected.type;
+  return wanted.code === "peer_away" ? `${message} (away)` : message;
 }
 
 const show = (frames: readonly (Expected | Uint8Array)[]): string =>
@@ -1227,7 +1488,7 @@ if (import.meta.main) {
   console.log(`seed ${seed}`);
   const line = (step: number, { frames }: Tally) =>
     `${step} steps, ${frames} frames compared, ${((performance.now() - begun) / 1000).toFixed(1)} s`;
-  const progress = (step: number, tally: Tally) => {
+  const progress = (step: number, tally: Tally): void => {
     if (step % 1000 === 0) console.log(line(step, tally));
   };
   try {

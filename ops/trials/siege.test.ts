@@ -1,0 +1,323 @@
+/**
+ * Short forms of the siege. They say nothing of milliseconds: who is heard first, that nothing is lost, and who is cut.
+ * About 9 s.
+ */
+import { describe, expect, test } from "bun:test";
+import { flyCluster, type Siblings } from "../../server.ts";
+import { Client } from "../shared/client.ts";
+import { RelayProcess } from "../shared/processes.ts";
+import { TestClock, testRelay } from "../shared/relay.ts";
+import { clientFrame, RawSocket } from "../shared/sockets.ts";
+import { PATIENCE_MS, until, within } from "../shared/wait.ts";
+import { BURST, crowd, flood, HONEST, many, Member, STRANGER, watchOrder } from "./siege/crowd.ts";
+import { memoryOf } from "./siege/memory.ts";
+
+const MEBI = 1024 * 1024;
+
+/** Two who play: each message of the one is heard by the other. */
+async function couple(url: string, headers: Record<string, string> = {}): Promise<{ host: Client; guest: Client; room: string }> {
+  const [host, guest] = [await Client.open(url, headers), await Client.open(url, headers)];
+  const room = await host.create();
+  await guest.join(room, "guest");
+  await host.next();
+  return { host, guest, room };
+}
+
+/** Joins a crowd's room, and only listens. */
+async function listen(url: string, members: Member[]): Promise<Member> {
+  const listener = await Member.sit(url, { type: "join", clientId: "listener", room: members[0]?.room });
+  const met = () => members.every(({ frames }) => frames.count === 1);
+  await until("everybody to hear of the listener", met);
+  for (const { frames } of members) frames.count = 0;
+  return listener;
+}
+
+/** What a member has been sent of its room before a ping that is sent now is answered. */
+async function heardBefore(member: Member): Promise<number> {
+  const { onText } = member.frames;
+  let heard: number | undefined;
+  const before = member.frames.count;
+  let since = 0;
+  member.frames.onText = (payload) => {
+    if (payload.includes('"pong"')) {
+      heard ??= before + since;
+      member.frames.count--;
+    } else {
+      since++;
+      onText?.(payload);
+    }
+  };
+  member.raw.send({ type: "ping" });
+  return until("a pong", () => heard);
+}
+
+/** Ends their sockets with the test: one that reads nothing doesn't notice that the relay has gone. */
+function ending(members: Member[]): Disposable {
+  return { [Symbol.dispose]: () => members.forEach(({ raw }) => raw.reset()) };
+}
+
+describe("while a room floods", () => {
+  const SIZE = 40;
+  const to = Array.from({ length: SIZE + 1 }, (_, i) => i);
+  const FEW = 100; // each goes to every member by itself, which is slow
+  const targeted = Buffer.concat(
+    Array.from({ length: FEW }, (_, data) => clientFrame(JSON.stringify({ type: "send", to, data }))),
+  );
+
+  test.each([
+    ["to everybody", flood(BURST), BURST, SIZE - 1],
+    ["to lists of members", targeted, FEW, SIZE],
+  ])("%s, another room's message comes before it is through, and nothing is lost", async (_, bytes, frames, senders) => {
+    await using relay = testRelay();
+    const flooders = await crowd(relay.url, SIZE);
+    const listener = await listen(relay.url, flooders);
+    const faults = watchOrder(listener);
+    const { host, guest } = await couple(relay.url);
+    for (const { raw } of flooders) raw.write(bytes);
+    host.send({ type: "send", data: "me, too" });
+    expect(await guest.next()).toMatchObject({ data: "me, too" });
+    expect(await heardBefore(listener)).toBeLessThan(SIZE * frames);
+    const heard = () => flooders.map((flooder) => flooder.frames.count);
+    const all = () => listener.frames.count >= SIZE * frames && heard().every((count) => count >= senders * frames);
+    await until("everybody to have heard everything", all);
+    expect(listener.frames.count).toBe(SIZE * frames);
+    expect(heard()).toEqual(Array(SIZE).fill(senders * frames));
+    expect(faults).toEqual([]);
+  });
+
+  test("a room with one sender is through with its own burst first", async () => {
+    await using relay = testRelay();
+    const flooders = await crowd(relay.url, SIZE);
+    const listener = await listen(relay.url, flooders);
+    const [one, other] = (await crowd(relay.url, 2)) as [Member, Member];
+    for (const { raw } of flooders) raw.write(flood(BURST));
+    one.raw.write(flood(BURST));
+    await until("the small room's burst", () => other.frames.count === BURST);
+    expect(await heardBefore(listener)).toBeLessThan(SIZE * BURST);
+  });
+
+  test("its members are heard by turns, one frame of each", async () => {
+    await using relay = testRelay();
+    const flooders = await crowd(relay.url, SIZE);
+    const listener = await listen(relay.url, flooders);
+    const last = new Map<number, number>();
+    let apart = 0;
+    listener.frames.onText = (payload) => {
+      const { from, data } = JSON.parse(payload.toString());
+      last.set(from, data);
+      if (last.size === SIZE) apart = Math.max(apart, Math.max(...last.values()) - Math.min(...last.values()));
+    };
+    for (const { raw } of flooders) raw.write(flood(BURST));
+    await until("everything", () => listener.frames.count === SIZE * BURST);
+    expect(apart).toBeLessThan(BURST / 2);
+  });
+
+  test("who joins hears of nobody who went before, and of everybody who goes after", async () => {
+    await using relay = testRelay();
+    const crowded = await crowd(relay.url, 200);
+    const [witness, ...others] = crowded as [Member, ...Member[]];
+    const left: number[] = [];
+    witness.frames.onText = (payload) => {
+      const { type, index } = JSON.parse(payload.toString());
+      if (type === "peer_left") left.push(index);
+    };
+    const joiner = await Client.open(relay.url);
+    for (const { raw } of others) raw.reset();
+    const { peers } = await joiner.join(witness.room, "joiner");
+    await until("all to have left", () => left.length === others.length);
+    expect(left.toSorted((a, b) => a - b)).toEqual(others.map(({ index }) => index).toSorted((a, b) => a - b));
+    const heard = (await joiner.soFar()).map(({ index }) => index);
+    expect(heard.toSorted((a, b) => a - b)).toEqual(peers.slice(1));
+  });
+});
+
+describe("a relay that is short of memory", () => {
+  const BOUND = 112 * MEBI;
+  const env = { MAX_MEMORY_BYTES: String(BOUND), ADDRESS_HEADER: "X-Forwarded-For" };
+
+  async function scene() {
+    const relay = await RelayProcess.start(env);
+    const { host, guest } = await couple(relay.url, HONEST);
+    let sent = 0;
+    return {
+      relay,
+      url: relay.url,
+      before: memoryOf(relay.pid)?.now ?? NaN,
+      /** The honest couple plays: each message arrives, in order. */
+      async play() {
+        host.send({ type: "send", data: ++sent });
+        expect(await within(guest.next(), "an honest message")).toMatchObject({ data: sent });
+      },
+      /** Memory is what it was, and newcomers are welcome. */
+      async recovers() {
+        await until("memory to come back", () => (memoryOf(relay.pid)?.now ?? 0) < this.before + 48 * MEBI);
+        await until("newcomers to be welcome", async () => {
+          const newcomer = await Client.open(relay.url, HONEST);
+          newcomer.send({ type: "create", clientId: "n", maxClients: 2 });
+          const answer = await newcomer.next().catch(() => undefined);
+          return answer?.type === "created";
+        });
+        await this.play();
+      },
+      [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose](),
+    };
+  }
+
+  test("cuts who holds unfinished messages, and nobody else", async () => {
+    await using at = await scene();
+    const silent = await many(10, () => Member.sit(at.url, { type: "create", clientId: "a", maxClients: 2 }));
+    const holders = await many(600, () => Member.open(at.url));
+    using _ = ending([...silent, ...holders]);
+    const part = clientFrame(Buffer.alloc(254 * 1024, "x"), { fin: false });
+    for (const { raw } of holders) raw.write(part);
+    await until("some to be cut", () => holders.some(({ isGone }) => isGone));
+    await at.play();
+    for (const { raw } of holders) raw.reset();
+    await at.recovers();
+    expect(silent.filter(({ isGone }) => isGone)).toEqual([]);
+  }, 30_000);
+
+  test("cuts members that let much wait for them, and nobody who reads", async () => {
+    await using at = await scene();
+    const [sender, reader, ...others] = (await crowd(at.url, 150)) as [Member, Member, ...Member[]];
+    using _ = ending([sender, reader, ...others]);
+    for (const { raw } of others) raw.pause();
+    const frames = 30;
+    const left: number[] = [];
+    const got: number[] = [];
+    reader.frames.onText = (payload) => {
+      const { type, index, data } = JSON.parse(payload.toString());
+      if (type === "peer_left") left.push(index);
+      if (type === "message") got.push(data[0]);
+    };
+    sender.raw.write(flood(frames, "x".repeat(200_000)));
+    await until("the reader to hear everything", () => got.length === frames);
+    await at.play();
+    await until("the others to be cut", () => left.length === others.length);
+    expect(got).toEqual(Array.from({ length: frames }, (_, n) => n));
+    expect([sender.isGone, reader.isGone]).toEqual([false, false]);
+    expect(memoryOf(at.relay.pid)?.peak).toBeLessThan(2 * BOUND);
+    await at.recovers();
+  }, 30_000);
+});
+
+test("a stranger's hundred rooms full of absent players make no other room forget its own", async () => {
+  await using relay = await RelayProcess.start({ ADDRESS_HEADER: "X-Forwarded-For", MAX_MESSAGES_PER_SECOND: "0" });
+  const { url } = relay;
+  const host = await Client.open(url, HONEST);
+  const room = await host.create();
+  const come = async (clientId: string) => (await Client.open(url, HONEST)).join(room, clientId);
+  const away = async (clientId: string): Promise<void> => {
+    const guest = await Client.open(url, HONEST);
+    await guest.join(room, clientId);
+    await guest.close();
+  };
+  await away("player");
+  await away("villain");
+  host.send({ type: "kick", index: 2 });
+  host.send({ type: "set_room", locked: true });
+  await host.soFar();
+
+  const ROOMS = 105; // 100,800 visits: 800 more than all rooms together remember
+  const VISITS = 960;
+  const holders = await many(ROOMS, () => Member.sit(url, { type: "create", clientId: "holder", maxClients: 1000 }));
+  const visitors = await many(ROOMS, () => Member.open(url));
+  visitors.forEach(({ raw }, i) => {
+    const code = (holders[i] as Member).room;
+    const frames = Array.from({ length: VISITS }, (_, n) => [
+      clientFrame(`{"type":"join","clientId":"${n}","room":"${code}"}`),
+      clientFrame('{"type":"leave"}'),
+    ]);
+    raw.write(Buffer.concat(frames.flat()));
+  });
+  await until("100,800 visits", () => visitors.every(({ frames }) => frames.count === 2 * VISITS), 2 * PATIENCE_MS);
+
+  expect(await come("player")).toMatchObject({ type: "joined", index: 1, resumed: true });
+  expect(await come("villain")).toMatchObject({ code: "kicked" });
+  expect(await come("nobody")).toMatchObject({ code: "room_locked" });
+}, 30_000);
+
+describe("on Fly.io, an address that guesses", () => {
+  /** Two siblings: the one has what ends with `z`, the other is silent. */
+  function siblings() {
+    const searched = new Set<string>();
+    const double: Siblings = {
+      list: () => Promise.resolve(["silent", "b"]),
+      has(id, code, signal) {
+        searched.add(code);
+        if (id === "b" && code.endsWith("z")) return Promise.resolve(true);
+        return new Promise((_, reject) => signal.addEventListener("abort", () => reject(new Error("aborted"))));
+      },
+    };
+    const config = { cluster: flyCluster("fra", double), codeRegion: "fra", addressHeader: "X-Forwarded-For" };
+    return { searched, config };
+  }
+  const look = async (url: string, code: string, address: string): Promise<number> => {
+    const headers = { "X-Forwarded-For": address };
+    return (await fetch(`${url}/room/${code}`, { headers, redirect: "manual", keepalive: false })).status;
+  };
+  const LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYabcdefghi";
+  /** Another code of the same region. */
+  const another = (code: string, n: number, last = "A") => code.slice(0, 3) + LETTERS[n >> 5] + LETTERS[n & 31] + last;
+
+  test("is locked out for what it was refused, too, and finds no room then; others do", async () => {
+    const clock = new TestClock();
+    const { searched, config } = siblings();
+    await using relay = testRelay({ ...config, clock, maxMissesPerMinute: 20 });
+    const planted = await (await Client.open(relay.url, HONEST)).create();
+    const searches = Promise.all(Array.from({ length: 8 }, (_, n) => look(relay.url, another(planted, n), "203.0.113.7")));
+    searches.catch(() => {}); // if this fails before they are awaited
+    await until("eight searches", () => searched.size === 8);
+    const refused: number[] = [];
+    for (let n = 8; n < 40; n++) refused.push(await look(relay.url, another(planted, n), "203.0.113.7"));
+    expect(refused).toEqual([...Array(20).fill(503), ...Array(12).fill(429)]);
+    expect(await look(relay.url, planted, "203.0.113.7")).toBe(429);
+    expect(await look(relay.url, planted, "198.51.100.1")).toBe(200);
+    clock.advance(1_000);
+    await searches;
+  });
+
+  test("leaves searches to others, however many of its /64s ask", async () => {
+    const clock = new TestClock();
+    const { searched, config } = siblings();
+    await using relay = testRelay({ ...config, clock });
+    const local = await (await Client.open(relay.url, HONEST)).create();
+    const asked = Promise.all(Array.from({ length: 64 }, (_, n) => look(relay.url, another(local, n), `2001:db8:0:${n % 8}::1`)));
+    asked.catch(() => {}); // as above
+    await until("eight searches", () => searched.size === 8);
+    expect(await look(relay.url, another(local, 64, "z"), "198.51.100.1")).toBe(409);
+    clock.advance(1_000);
+    const statuses = await asked;
+    expect(statuses.filter((status) => status === 404)).toHaveLength(8);
+    expect(statuses.filter((status) => status === 503)).toHaveLength(56);
+  });
+});
+
+describe("GET /metrics", () => {
+  test("is answered once a connection, whatever is pipelined behind", async () => {
+    await using relay = testRelay();
+    const raw = await RawSocket.connect(relay.url);
+    raw.write("GET /metrics HTTP/1.1\r\nHost: relay\r\n\r\n".repeat(100));
+    await within(raw.closed, "the connection to be closed");
+    expect(raw.received.toString().match(/HTTP\/1\.1 200 /g)).toHaveLength(1);
+  });
+
+  test("shows at most 100 characters of an origin", async () => {
+    await using relay = testRelay();
+    await RawSocket.open(relay.url, "/", { ...STRANGER, Origin: "\\".repeat(250) });
+    const text = await (await fetch(`${relay.url}/metrics`)).text();
+    expect(text).toContain(`origin="${"\\\\".repeat(100)}"`);
+    expect(text).not.toContain("\\\\".repeat(101));
+  });
+
+  test("is made at most once a second", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ clock, metricsMs: 1_000 });
+    const scrape = async () => (await fetch(`${relay.url}/metrics`, { keepalive: false })).text();
+    const before = await scrape();
+    await (await Client.open(relay.url)).create();
+    expect(await scrape()).toBe(before);
+    clock.advance(1_000);
+    expect(await scrape()).toMatch(/^party_sockets_rooms\{.*\} 1$/m);
+  });
+});
