@@ -468,16 +468,16 @@ async function startAway(relaysFile: string, relays: Record<string, string>[]) {
 
 describe("a relay of a cluster", () => {
   const right = { PORT: "0", PEERS: "a,b", INSTANCE_ID: "a", PEER_ADDRESS: "{id}:3000", HOST: "127.0.0.1" };
-  const mistakes: [Record<string, string | undefined>, string][] = [
-    [{ HOST: undefined }, "HOST must be set if PEERS is"],
-    [{ HOST: "192.0.2.1" }, "HOST 192.0.2.1"], // not this machine's
-    [{ INSTANCE_ID: undefined }, "INSTANCE_ID must be one of PEERS"],
+  const mistakes: [Record<string, string>, string][] = [
+    [{ HOST: "" }, "HOST must be set if PEERS is"],
+    [{ HOST: "203.0.113.1" }, "HOST 203.0.113.1"], // not this machine's
+    [{ INSTANCE_ID: "" }, "INSTANCE_ID must be one of PEERS"],
     [{ PEER_ADDRESS: "relay:3000" }, "PEER_ADDRESS must be a host and port with {id} in it"],
-    [{ PEER_ADDRESS: undefined }, "PORT must be set if PEERS is"],
+    [{ PEER_ADDRESS: "" }, "PORT must be set if PEERS is"],
     [{ FLY_APP_NAME: "party" }, "PEERS must be left out if FLY_APP_NAME is set"],
   ];
   for (const [mistake, message] of mistakes)
-    test(`that is started with ${JSON.stringify(mistake)} ends and says why`, async () => {
+    test(`that is started with ${new URLSearchParams(mistake)} ends and says why`, async () => {
       await using relay = new Child([process.execPath, "run", "server.ts"], { env: { ...right, ...mistake } });
       expect(await within(relay.exited, "its end")).toBe(1);
       expect(relay.lines.join("\n")).toContain(message);
