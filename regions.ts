@@ -34,7 +34,7 @@ export const REGIONS: readonly string[] = [
 
 const ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
 const CODE = /^[1-9A-HJ-NP-Za-km-z]{6}$/;
-const REGION_UNIT = 2 ** 30; // what the region's position is multiplied with
+const REGION_UNIT = 2 ** 30; // the region's position is multiplied by this
 
 /** Whether a text has the form of a room's code. */
 export const isCode = (text: string): boolean => CODE.test(text);

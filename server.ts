@@ -4,9 +4,10 @@
  * The words, used everywhere the same:
  * - room: up to `maxClients` connected members behind one 6-character code. It lives on exactly one machine.
  * - slot, and its index: a member's number in its room; 0 for the creator. Never reassigned while the room lives.
- * - clientId: a string that the client picks. It proves that a slot is its own, and never leaves this process.
+ * - clientId: a string that the client picks and keeps secret. Whoever sends it owns the slot. It never leaves this process.
  * - host: the slot that may use the host's messages; slot 0 until it is handed on.
  * - turn: one round of the event loop. It reads what has arrived, and has a budget of work that the rooms share.
+ * - flow: one of those who share that budget: a room, or an address with its sockets that are in no room.
  *
  * Reading order: Protocol (what goes over the wire), State (what is kept), Slots (who sits where), Messages (what each one
  * does), Turns (when it is done); then HTTP, and the rest as needed. `startRelay` at the end ties it together.
@@ -240,7 +241,7 @@ function isSpace(code: number): boolean {
 }
 const isDigit = (code: number): boolean => code >= 0x30 && code <= 0x39;
 
-const LONG_DATA = 1024; // characters from which looking is cheaper than parsing, which copies: 8 % of a 16 KiB broadcast
+const LONG_DATA = 1024; // characters; from here on looking is cheaper than parsing, which copies: 8 % of a 16 KiB broadcast
 const NOT_PLAIN = /[\\\x00-\x1f]/;
 /** Whether a text is a JSON string without escapes. */
 function isPlainString(text: string): boolean {
@@ -259,10 +260,10 @@ function indexBetween(text: string, from: number, to: number): number | undefine
 }
 
 /**
- * The short way for a `send` as `JSON.stringify` writes it: `data` alone, or `to` before or after it, and no other member. It is
- * also a proof: all but `data` is compared by the letter, so if what is left over is one JSON value, then the frame has these
- * members and no others. It takes a sixth of the careful way's time.
- * @returns undefined if the frame needs the careful way
+ * Parses a `send` that is spelled as `JSON.stringify` does it: `data` alone, or with one `to` before or after it. All around
+ * `data` is compared letter by letter, so if `data` is one JSON value, the frame can't have another member. Takes a sixth of the
+ * time that the parser for all frames takes.
+ * @returns undefined if the frame is spelled in another way, isn't a `send`, or is wrong: the parser for all frames says which
  */
 function parseUsualSend(frame: string): Send | undefined {
   if (!frame.startsWith(SEND_HEAD) || !frame.endsWith("}")) return undefined;
@@ -284,7 +285,7 @@ function parseUsualSend(frame: string): Send | undefined {
   }
   if (!frame.startsWith(DATA, start)) return undefined;
   start += DATA.length;
-  if (isSpace(frame.charCodeAt(start)) || isSpace(frame.charCodeAt(end - 1))) return undefined; // no part of `data`
+  if (isSpace(frame.charCodeAt(start)) || isSpace(frame.charCodeAt(end - 1))) return undefined; // not part of it
   const data = frame.slice(start, end);
   try {
     if (data.length < LONG_DATA || !isPlainString(data)) JSON.parse(data);
@@ -304,7 +305,7 @@ function skipValue(json: string, at: number): number {
       if (depth === 0) return i + 1;
     } else if (code === 0x7b || code === 0x5b) depth++;
     else if (code === 0x7d || code === 0x5d) {
-      if (depth === 0) return i; // the end of what a number or a word stood in
+      if (depth === 0) return i; // closes the object or array that this number or word is in
       if (--depth === 0) return i + 1;
     } else if (depth === 0 && (code === 0x2c || isSpace(code))) return i;
   }
@@ -340,7 +341,8 @@ export function memberText(json: string, name: string): string | undefined {
 const MIB = 1024 * 1024;
 
 /**
- * Limits with a variable each (maxRooms: MAX_ROOMS), and their defaults. 0 means unlimited, unless the line says otherwise.
+ * The defaults of the limits that an environment variable can set (`maxRooms`: MAX_ROOMS). 0 means unlimited, unless the line
+ * says otherwise.
  */
 export const LIMITS = {
   maxMessageBytes: 256 * 1024, // one drawing as a data URL; not assets
@@ -361,7 +363,7 @@ const LIMIT_NAMES = Object.keys(LIMITS) as LimitName[];
 
 const LINGER_SECONDS = 300; // long enough to paste a code into another app
 const GRACE_SECONDS = 3600; // a host's phone may nap through a film
-/** The most that a limit may be set to: what the WebSocket layer takes for a size, unless it is named here. */
+/** The most that a limit may be set to; MOST_BYTES for those that aren't named here. */
 const MOST: { [name in LimitName]?: number } = {
   maxMemoryBytes: Number.MAX_SAFE_INTEGER,
   defaultLingerSeconds: LINGER_SECONDS,
@@ -369,7 +371,7 @@ const MOST: { [name in LimitName]?: number } = {
   drainSeconds: 2_147_483, // the longest timer
   idleExitSeconds: 2_147_483,
 };
-const MOST_BYTES = 4_294_967_295;
+const MOST_BYTES = 4_294_967_295; // the largest size that the WebSocket layer takes
 
 const CLIENT_ID_LENGTH = 128; // characters; a UUID four times over
 const STATE_BYTES = 16 * 1024; // a snapshot is sent to every joiner
@@ -401,34 +403,34 @@ const CAP_LOG_MS = 60_000;
 
 // A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const LARGE_BYTES = 4 * MIB; // that one frame may send at once to all members of a room
-const CALL_WORK = 6; // a system call: one for each frame to one socket, and for each member to whom a room's frames of a turn go
-const SIT_WORK = 20; // a member that sits down
-const TURN_WORK = 8_000; // in one turn, shared by the rooms: some 4 ms
-const TURN_FRAMES = 8192; // read in one turn; as many tiny ones as one read brings, some 2 ms
-const TURN_SOCKETS = 256; // that are read on from in one turn, after one that read so much
-const LEAST_SHARE = 500; // of one room, however many there are: 50 frames among 8 members
-const BURST_MS = 2_000; // the bucket holds the messages of this time: a burst of twice the rate
-const REFILL_MS = 50; // how often sockets whose bucket was empty are looked after
-const GOODBYE_MS = 5_000; // what is left of a socket that closed properly gets this long to be handled
+const LARGE_BYTES = 4 * MIB; // a frame for more than this, all members together, goes to one after the other
+const CALL_WORK = 6; // of a system call: each frame to one socket is one; what a room broadcasts in a turn is one a member
+const SIT_WORK = 20; // of a member that sits down
+const TURN_WORK = 8_000; // that a turn does at most, shared by the rooms: some 4 ms
+const TURN_FRAMES = 8192; // that a turn reads at most: as many tiny ones as one read brings, some 2 ms
+const TURN_SOCKETS = 256; // that a turn reads on from, after one that had to stop reading
+const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
+const BURST_MS = 2_000; // a full bucket holds what the rate gives in this time: a burst of twice the rate
+const REFILL_MS = 50; // how often sockets whose bucket was empty are read on from, if it has a token
+const GOODBYE_MS = 5_000; // how long the frames that a properly closed socket left behind may wait to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
-const LONG_TURN_MS = 4; // a turn of this length has let frames gather by itself
+const LONG_TURN_MS = 4; // during a turn of this length enough frames have gathered: no rest after it
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const REST_WINDOW_MS = 20; // over which that rate is taken
 
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
-const ROOM_BYTES = 2048; // of a lingering room, without its state and the slots that it remembers
-const SLOT_BYTES = 256;
-const FRAME_BYTES = 64; // of a short frame that waits
-const SOCKET_BYTES = 4096; // of a socket that holds nothing
-const EFFECT_MS = 300; // within which memory that was freed falls
-const FILL_BYTES_PER_MS = 4 * MIB; // as fast as one core takes in unfinished messages
+const ROOM_BYTES = 2048; // about what a lingering room occupies, without its state and the slots that it remembers
+const SLOT_BYTES = 256; // about what a remembered slot occupies
+const FRAME_BYTES = 64; // about what a short frame that waits occupies
+const SOCKET_BYTES = 4096; // about what a socket that holds nothing occupies
+const EFFECT_MS = 300; // memory that was freed has left the figure after this time
+const FILL_BYTES_PER_MS = 4 * MIB; // how fast one core can take in unfinished messages
 const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
-const LOOK_LEAST_BYTES = 8 * MIB; // sent between two looks
-const QUIET_HELD_MS = 100; // who said nothing whole for so long isn't read from while memory falls
-const LOOK_SOCKETS = 32; // that were opened, between two looks
-const LOOK_FRAMES = 2048; // of one socket that wait, between two looks
+const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
+const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
+const LOOK_SOCKETS = 32; // memory is looked at whenever so many more are open
+const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
 // ---- Config ----------------------------------------------------------------------------------------------
 
@@ -455,17 +457,17 @@ export type Siblings = {
 /** Where a request is sent on to. */
 export type Target = { instance: string } | { region: string };
 
-/** What is different between the platforms on which several machines are one relay to the outside. */
+/** What differs between the platforms that make several machines look like one relay. */
 export type Cluster = {
   /** This machine's region, as `regionOf` names it. */
   readonly region: string;
   /** The region in which the room of a code is to be looked for; undefined if codes of this form aren't routed. */
   regionOf(code: string): string | undefined;
-  /** Whether a pin (`?instance=`) can mean a machine: another text could say more in a header than it should. */
+  /** Whether the text of a pin (`?instance=`) can be a machine's id. It is written into a header, where another could do harm. */
   isMachine(id: string): boolean;
   /** The header of a request that was sent on to here. A client can forge it, so it only ever suppresses a replay. */
   readonly replayedHeader: string;
-  /** The header of one that came back because its machine didn't answer. As forgeable. */
+  /** The header of a request that came back because its machine didn't answer. A client can forge it, too. */
   readonly failedHeader: string;
   /** The answer that makes the platform's proxy send the request on. */
   replay(target: Target): Response;
@@ -520,6 +522,7 @@ export class ConfigError extends Error {
 
 const NEVER_NOTIFIED = new Int32Array(new SharedArrayBuffer(4));
 
+/** The time of this machine. */
 export const systemClock: Clock = {
   now: () => performance.now(),
   epoch: () => Date.now(),
@@ -541,7 +544,7 @@ const logText: Log = (event, fields) => {
 };
 const logJson: Log = (event, fields) => console.log(JSON.stringify({ time: new Date().toISOString(), event, ...fields }));
 
-/** What a relay is told if it is told nothing. */
+/** The configuration of a relay that is told nothing. */
 const DEFAULTS: Config = {
   ...LIMITS,
   port: 3000,
@@ -673,7 +676,7 @@ type Slot = {
   barred: boolean;
   /** When the bucket of its last socket is full again (clock time). */
   bucketFullAt: number;
-  /** With which it moves to another clientId, until `ends` (clock time). */
+  /** What lets another clientId take it over, until `ends` (clock time). */
   offer: { readonly token: string; readonly ends: number } | undefined;
 };
 
@@ -687,6 +690,7 @@ class Room {
   readonly known = new Map<string, Slot>();
   /** The same slots, by their index. */
   readonly slots = new Map<number, Slot>();
+  /** The sockets of the slots that are connected, by their index. */
   readonly connected = new Map<number, Socket>();
   /** Slots with nobody on them, the longest gone first; without the host's. */
   readonly absent = new Set<Slot>();
@@ -695,7 +699,7 @@ class Room {
   waiting: "linger" | "host" | undefined;
   waitEnds = 0;
   cancelWait = () => {};
-  /** Payload bytes published so far: who hasn't been heard from over many of them was too slow. */
+  /** Bytes broadcast so far. A member that wasn't heard from during many of them was too slow. */
   published = 0;
 
   constructor(
@@ -716,23 +720,24 @@ class Session {
   slot: Slot | undefined;
   /** Who pays for what it sends: its room, or its address while it is in none. */
   flow!: Flow;
-  /** Its address, as long as the socket is open. */
+  /** The record of its address; set when the socket opens. */
   home!: Address;
   readonly bucket: Bucket;
   /** Frames that wait to be handled; undefined if the socket isn't paused. */
   queue: (string | Buffer)[] | undefined;
   /** The flow whose turn the first of them waits for. */
   waitsFor: Flow | undefined;
-  /** What ends it, if it closed while frames of it waited. */
+  /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. */
   goodbye: { leave(): void; cancel(): void } | undefined;
-  /** When a frame or a pong last came, and what its room had published then. */
+  /** When a frame, ping or pong last came (clock time). */
   heardAt = 0;
+  /** What its room had published then. */
   heardBytes = 0;
   /** Sweeps since an unanswered ping. */
   unanswered = 0;
   /** Cut because memory was short. */
   cut = false;
-  /** Set when the socket opens: a handshake that fails is no use of its origin. */
+  /** Set when the socket opens: a handshake that fails doesn't count for its origin. */
   origin!: Origin;
 
   constructor(
@@ -747,7 +752,7 @@ type Socket = ServerWebSocket<Session>;
 
 /** What one address has here; kept as long as it has a socket or a room. */
 class Address {
-  /** That of its sockets that are in no room. */
+  /** The flow of its sockets that are in no room. */
   readonly flow = new Flow();
   readonly sockets = new Set<Socket>();
   /** How many of the rooms it created. */
@@ -782,7 +787,7 @@ class Relay {
   readonly sockets = new Set<Socket>();
   /** Sockets in no room, the longest so first. */
   readonly roomless = new Set<Socket>();
-  /** Sockets that have closed, and of which frames wait; they are in `sockets` no more. */
+  /** Sockets that have closed while frames of them waited; `sockets` doesn't have them any more. */
   readonly leaving = new Set<Socket>();
   readonly addresses = new Map<string, Address>();
   readonly origins = new Map<string, Origin>();
@@ -875,7 +880,11 @@ function capReached(relay: Relay, cap: string): void {
 
 // ---- Frames out: all that leaves goes through here, in the order in which it was handled -----------------
 
-/** Counts a frame of which so many were delivered. @param sent what Bun said: its bytes, or 0 or -1 if it can't leave yet */
+/**
+ * Counts a frame that goes to so many receivers.
+ * @param sent what Bun's send returned: the frame's bytes, or 0 or -1 if it couldn't leave at once
+ * @returns the frame's bytes
+ */
 function delivered(relay: Relay, receivers: number, sent: number, frame: string): number {
   const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
@@ -891,7 +900,7 @@ function write(socket: Socket, frame: string): void {
   relay.turns.work += CALL_WORK;
 }
 
-/** Sends a frame to the room's members, all but `except`; after those that wait, and a large one to one member after the other. */
+/** Sends a frame to the room's members, all but `except`: now, unless others wait before it or it is too large for that. */
 function publish(room: Room, frame: string, except?: Socket): void {
   const { relay, connected, flow } = room;
   if (flow.outbox.length === 0 && frame.length * connected.size <= LARGE_BYTES) return publishNow(room, frame, except);
@@ -1005,7 +1014,8 @@ function handOver(slot: Slot, clientId: string): void {
 }
 
 /**
- * A member goes, and its room lives with that.
+ * Takes a member out of its room, tells the others, and decides what becomes of the room. A room lingers if its last socket
+ * closes, and not if its last member says `leave`.
  * @param reason what the others are told; undefined if the socket just closed
  */
 function depart(socket: Socket, slot: Slot, why: Disconnect, reason?: "left" | "kicked"): void {
@@ -1019,7 +1029,7 @@ function depart(socket: Socket, slot: Slot, why: Disconnect, reason?: "left" | "
   else dropRoom(room);
 }
 
-/** Arms, keeps or ends the room's one timer, as who is there demands. */
+/** Starts, keeps or stops the room's one timer, depending on who is connected. */
 function settle(room: Room): void {
   const { clock } = room.relay.config;
   const isEmpty = room.connected.size === 0;
@@ -1127,7 +1137,7 @@ function fillUrl(template: string, room: string, instance: string): string | und
 /** To whom a `send` goes: everyone, one slot, or several different ones; null if `to` is none of them. */
 function parseTargets(to: unknown): Send["to"] | null {
   if (to === undefined || isIndex(to)) return to;
-  if (!Array.isArray(to) || to.length > MOST_BYTES) return null;
+  if (!Array.isArray(to)) return null;
   const targets = [...new Set<unknown>(to)];
   return targets.length >= 1 && targets.length <= TARGETS && targets.every(isIndex) ? targets : null;
 }
@@ -1139,8 +1149,8 @@ function tellDraining(socket: Socket): void {
   say(socket, { type: "draining", seconds: Math.ceil(left / 1000) });
 }
 
-/** Lingering rooms that may go for others: those of the address that created the most of them, the nearest its end first. */
-function lingeringOfTheMost(relay: Relay): Room[] {
+/** The lingering rooms that make place first: those of the address that has the most of them, the nearest to its end first. */
+function roomsToGiveUp(relay: Relay): Room[] {
   const byCreator = new Map<Address, Room[]>();
   relay.turns.work += relay.rooms.size / 100; // looking at each of them is work, too
   for (const room of relay.rooms.values()) {
@@ -1159,7 +1169,7 @@ function placeForRoom(relay: Relay): boolean {
   const { maxRooms } = relay.config;
   if (maxRooms === 0 || relay.rooms.size < maxRooms) return true;
   capReached(relay, "rooms");
-  const [nearest] = lingeringOfTheMost(relay);
+  const [nearest] = roomsToGiveUp(relay);
   if (nearest === undefined) return false;
   dropRoom(nearest);
   return true;
@@ -1224,8 +1234,9 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         misses.add(address);
         return refuse("room_not_found");
       }
+      // A join is work of the room that it is for: it waits until that room's turn, and the room pays for it.
       if (!turns.isUpToDate(room.flow)) return room.flow;
-      turns.charge(room.flow);
+      turns.payFrom(room.flow);
       const claimed = known === undefined && claim !== undefined ? slotOffered(room, claim) : undefined;
       if (known === undefined && claim !== undefined && claimed === undefined) {
         misses.add(address);
@@ -1343,7 +1354,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       if (index >= room.nextIndex) return refuse("peer_not_found");
       if (index === own) return badRequest("Cannot kick yourself");
       const slot = room.slots.get(index);
-      if (slot === undefined || slot.barred) return;
+      if (slot === undefined || slot.barred) return; // gone for good already
       slot.barred = true;
       const target = room.connected.get(index);
       if (target === undefined) return;
@@ -1416,6 +1427,7 @@ function parseObject(frame: string | Buffer): Fields | undefined {
   }
 }
 
+/** Parses a frame, and handles what it asks for. */
 function perform(socket: Socket, frame: string | Buffer): Outcome {
   const { slot, relay } = socket.data;
   if (slot !== undefined && typeof frame === "string") {
@@ -1449,9 +1461,9 @@ function dispatch(socket: Socket, frame: string | Buffer): Flow | undefined {
 
 // ---- Turns: who may send how much, and when the relay reads on -------------------------------------------
 
-/** What a socket may send in the long run: `rate` frames a second, and those of BURST_MS at once; 0 is unlimited. */
+/** A token bucket, a token a frame: `rate` a second in the long run, those of BURST_MS at once. A rate of 0 is unlimited. */
 class Bucket {
-  /** When it is full again (clock time): each frame taken moves that on by `1 / rate`. Only for comparing and sharing. */
+  /** When it is full again (clock time): each frame moves that on by `1 / rate`. The slot keeps it between two sockets. */
   fullAt = 0;
   readonly #frameMs: number;
 
@@ -1468,8 +1480,8 @@ class Bucket {
   }
 }
 
-/** A frame for a room's members, all but `except`. `rest` are those who haven't got it yet, if it goes to one after the other. */
-type Broadcast = { readonly frame: string; readonly except: Socket | undefined; readonly rest: Socket[] | undefined };
+/** A frame for a room's members, all but `except`. `remaining` are those who haven't got it yet, if it goes to one after the other. */
+type Broadcast = { readonly frame: string; readonly except: Socket | undefined; readonly remaining: Socket[] | undefined };
 
 /**
  * One of those who share the relay: a room, or an address with its sockets that are in no room. What is beyond its share of a turn
@@ -1478,13 +1490,13 @@ type Broadcast = { readonly frame: string; readonly except: Socket | undefined; 
 class Flow {
   /** Work that it may still do; below 0 it is a debt, which later turns pay off. */
   credit = 0;
-  /** The turn of which `credit` is. */
+  /** The turn in which `credit` was last added to. */
   turn = -1;
   /** The turn in which its members were sent something last. */
   wokenIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
-  /** What the room's members are to be sent first, if there was no credit for it or it is large. */
+  /** What had no credit, or is large: the room's members are sent it before anything else is handled for the room. */
   readonly outbox: Broadcast[] = [];
 
   constructor(readonly room?: Room) {}
@@ -1521,12 +1533,12 @@ class Turns {
   #flows = 0;
   /** Whether this turn had its one frame that is larger than a share. */
   #hadLarge = false;
-  /** The flow that was refused last, because its frame is large and another had been. */
+  /** The flow whose large frame waits for the next turn, because this one had its large frame. */
   #refused: Flow | undefined;
   /** The flow that the frame in hand is charged to. */
   #payer: Flow | undefined;
-  /** The work for which somebody has been charged. */
-  #settledAt = 0;
+  /** `work` when somebody was last charged. */
+  #billedAt = 0;
   /** Flows that are behind, in rotation. */
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
@@ -1563,7 +1575,7 @@ class Turns {
     this.#takeToken(socket, now);
   }
 
-  /** Whether a joiner finds a room whose members know who left, and which has credit. */
+  /** Whether a room can take a joiner now: nothing of it waits, so that its members know who has left, and it has credit. */
   isUpToDate(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
   }
@@ -1576,35 +1588,35 @@ class Turns {
   }
 
   /** Charges the frame in hand to another flow than its socket's. */
-  charge(flow: Flow): void {
+  payFrom(flow: Flow): void {
     this.#payer = flow;
   }
 
   /** Charges what the frame in hand has cost so far. */
-  settle(): void {
-    if (this.#payer !== undefined) this.#payer.credit -= this.work - this.#settledAt;
-    this.#settledAt = this.work;
+  #bill(): void {
+    if (this.#payer !== undefined) this.#payer.credit -= this.work - this.#billedAt;
+    this.#billedAt = this.work;
   }
 
-  /** Tells a room's members who left, within the room's share. */
+  /** Tells a room's members who left. The room pays for it, and not the flow of the frame in hand; without credit it waits. */
   farewell(room: Room, message: ServerMessage): void {
     const { flow } = room;
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
     if (flow.outbox.length > 0 || !this.#hasCredit(flow)) return this.publishLater(room, frameOf(message));
     const payer = this.#payer;
-    this.settle();
+    this.#bill();
     this.#payer = flow;
     announce(room, message);
-    this.settle();
+    this.#bill();
     this.#payer = payer;
   }
 
   /** Sends a frame to a room's members when it is the room's turn, before anything else is handled for the room. */
   publishLater(room: Room, frame: string, except?: Socket): void {
     const isLarge = frame.length * room.connected.size > LARGE_BYTES;
-    const rest = isLarge ? [...room.connected.values()].filter((socket) => socket !== except) : undefined;
+    const remaining = isLarge ? [...room.connected.values()].filter((socket) => socket !== except) : undefined;
     if (isLarge) room.published += Buffer.byteLength(frame);
-    room.flow.outbox.push({ frame, except, rest });
+    room.flow.outbox.push({ frame, except, remaining });
     this.#behind.add(room.flow);
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
@@ -1618,7 +1630,7 @@ class Turns {
     }
   }
 
-  /** Reads on from so many of those. */
+  /** Reads on from at most so many of the sockets that are held. */
   release(now: number, most: number): void {
     for (const socket of [...this.#held].slice(0, most)) this.#readOn(socket, now);
   }
@@ -1627,7 +1639,7 @@ class Turns {
     return this.#held.size > 0;
   }
 
-  /** Lets go of a room that is over. Who waited to join it is told so. */
+  /** Lets go of a room that is over. Sockets that waited to join it wait for their own flow instead, and are told so then. */
   disband(flow: Flow): void {
     flow.outbox.length = 0;
     this.#behind.delete(flow);
@@ -1660,8 +1672,8 @@ class Turns {
   }
 
   /**
-   * Counts what is read. After TURN_FRAMES the turn reads no more: whoever has sent much can't keep the others waiting with it, for
-   * they are read on from in an order of ours.
+   * Counts what is read. After TURN_FRAMES the turn reads no more: all sockets are held, and `#readOnInTurn` picks the order in
+   * which they are read on from. So nobody keeps the others waiting by sending much.
    */
   #takeIn(now: number): void {
     if (!this.#isUnderWay) this.#begin(now);
@@ -1673,7 +1685,7 @@ class Turns {
     this.#goOn(socket, now);
   }
 
-  /** Reads on from those that are held: the first of each flow first, then the second of each, as far as a turn may get. */
+  /** Reads on from TURN_SOCKETS of those that are held: the first of each flow, then the second of each, and so on. */
   #readOnInTurn(now: number): void {
     const rounds = new Map<Flow, number>();
     const held = [...this.#held].map((socket) => {
@@ -1705,7 +1717,7 @@ class Turns {
     setImmediate(() => this.#end());
   }
 
-  /** What has arrived is read. What waits gets its share in the next turn, which begins at once. */
+  /** Ends a turn, when all that had arrived is read. If something waits, the next turn begins at once, with what waits. */
   #end(): void {
     this.#relay.memory.lookIfMuchWasSent();
     const now = this.#config.clock.now();
@@ -1744,18 +1756,19 @@ class Turns {
   #sendOutbox(room: Room): void {
     const { flow } = room;
     this.#payer = flow;
-    for (this.#settledAt = this.work; this.#hasCredit(flow); this.settle()) {
+    for (this.#billedAt = this.work; this.#hasCredit(flow); this.#bill()) {
       const [broadcast] = flow.outbox;
-      if (broadcast === undefined || (broadcast.rest !== undefined && this.#relay.memory.isFalling)) break;
-      const { frame, except, rest } = broadcast;
-      const socket = rest?.pop();
+      if (broadcast === undefined || (broadcast.remaining !== undefined && this.#relay.memory.isFalling)) break;
+      const { frame, except, remaining } = broadcast;
+      const socket = remaining?.pop();
       if (socket?.data.slot?.room === room) write(socket, frame);
-      if (rest === undefined) publishNow(room, frame, except);
-      if (rest === undefined || rest.length === 0) flow.outbox.shift();
+      if (remaining === undefined) publishNow(room, frame, except);
+      if (remaining === undefined || remaining.length === 0) flow.outbox.shift();
     }
     this.#payer = undefined;
   }
 
+  /** Whether a flow may do work in this turn. The first question in a turn adds the shares since the last one to its credit. */
   #hasCredit(flow: Flow): boolean {
     if (flow.turn !== this.#turn) {
       flow.credit = Math.min(this.#share, flow.credit + this.#share * (this.#turn - flow.turn));
@@ -1781,19 +1794,19 @@ class Turns {
   #handle(socket: Socket, frame: string | Buffer, flow: Flow, now: number): void {
     let waitsFor: Flow | undefined;
     this.#payer = flow;
-    this.#settledAt = this.work++;
+    this.#billedAt = this.work++;
     try {
       waitsFor = dispatch(socket, frame);
     } catch (error) {
       crashed(socket, error);
     }
-    this.settle();
+    this.#bill();
     this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
     this.#takeToken(socket, now);
   }
 
-  /** Lets a frame wait, before those of its socket that wait already. */
+  /** Lets a frame wait, at the head of its socket's queue. */
   #wait(socket: Socket, frame: string | Buffer, flow: Flow): void {
     if (socket.data.queue === undefined) this.#pause(socket);
     socket.data.queue?.unshift(frame);
@@ -1852,7 +1865,7 @@ class Turns {
   }
 }
 
-// ---- Liveness: sockets come and go, dead ones are found, exceptions end one -------------------------------
+// ---- Liveness: sockets come and go, dead ones are found, an exception ends one -------------------------------
 
 function opened(socket: Socket): void {
   const session = socket.data;
@@ -1934,7 +1947,7 @@ function gone(socket: Socket, code: number): void {
   relay.turns.discard(socket);
   if (slot === undefined) return;
   const { maxBufferedBytes } = relay.config;
-  // Bun reports a cut for backpressure like any loss; who let a whole buffer pass unheard was too slow.
+  // Bun reports a cut for backpressure like any loss. Who wasn't heard from while a whole buffer was published was too slow.
   const isBehind = maxBufferedBytes !== 0 && slot.room.published - heardBytes >= maxBufferedBytes;
   if (code !== NO_CLOSE_FRAME) return depart(socket, slot, "left");
   if (isBehind && !cut) capReached(relay, "buffered bytes");
@@ -1987,12 +2000,13 @@ function repeat(relay: Relay, ms: number, run: () => void): void {
 // ---- Memory: one bound for the whole process --------------------------------------------------------------
 
 /**
- * Keeps the process below its memory. Unfinished messages raise no event and are in no figure but that of the whole process, so
- * it looks as often as one core could fill what is left. Above the limit it cuts what covers the excess, and waits for
- * the effect before it cuts for the same excess again. Meanwhile it reads only from those who say whole things.
+ * Keeps the process below its limit of memory. Messages that are still arriving raise no event, and only the memory of the whole
+ * process shows them. So it looks at that again before one core could have filled what is left. Above the limit it cuts what
+ * covers the excess, and waits for the effect before it cuts for the same excess again. Meanwhile it reads only from sockets
+ * whose messages become whole.
  */
 class Memory {
-  /** Newcomers are turned away. */
+  /** Memory is above the limit: newcomers are turned away. */
   isShort = false;
   readonly #relay: Relay;
   /** What the process needs by itself. */
@@ -2014,7 +2028,7 @@ class Memory {
     if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
   }
 
-  /** What was cut may still be in the figure. */
+  /** Whether something was cut that may still be in the figure. */
   get isFalling(): boolean {
     return this.#cuts.length > 0;
   }
@@ -2065,7 +2079,7 @@ class Memory {
       freed += FRAME_BYTES * (data.queue?.length ?? 0);
       data.goodbye?.leave();
     }
-    for (let rooms = lingeringOfTheMost(relay); rooms.length > 0; rooms = lingeringOfTheMost(relay))
+    for (let rooms = roomsToGiveUp(relay); rooms.length > 0; rooms = roomsToGiveUp(relay))
       for (const room of rooms) {
         if (freed >= excess) return freed;
         freed += ROOM_BYTES + (room.state?.length ?? 0) + SLOT_BYTES * room.known.size;
@@ -2099,7 +2113,7 @@ class Memory {
 
 // ---- Misses: guessing codes is bounded by address --------------------------------------------------------
 
-/** What an address counts as: an IPv6 address as its /56, an IPv4-mapped one as IPv4; undefined if it is none. */
+/** What an address counts as: an IPv6 address as its /56, an IPv4-mapped one as IPv4; undefined if the text is no address. */
 export function addressKey(text: string): string | undefined {
   const address = text.trim().replace(/%.*$/, "");
   if (isIP(address) !== 6) return isIP(address) === 4 ? copyOf(address) : undefined; // not a slice of the whole header
@@ -2243,7 +2257,7 @@ export function flyCluster(region: string | undefined, siblings: Siblings): Clus
   };
 }
 
-/** Peers behind nginx, which are one region: a header in the answer makes nginx ask the named location inside. */
+/** Peers behind nginx, which are one region: a header in the answer makes nginx send the request to the peer that it names. */
 export function nginxCluster(ids: ReadonlySet<string>, siblings: Siblings): Cluster {
   return {
     region: "",
@@ -2397,7 +2411,7 @@ function flySiblings(app: string, region: string, self: string, port: number): S
   };
 }
 
-/** Reads `<id> <region>,<id> <region>`. A text of 255 bytes goes on in the next: DNS cuts there, anywhere. */
+/** Reads `<id> <region>,<id> <region>`. DNS cuts a text after 255 bytes, wherever that is: such a piece goes on in the next. */
 export function parseMachines(texts: readonly string[]): { id: string; region: string }[] {
   const whole = texts.map((text) => (Buffer.byteLength(text) === 255 ? text : `${text},`)).join("");
   return whole.split(",").flatMap((entry) => {
@@ -2561,7 +2575,7 @@ function readAddress(relay: Relay, request: Request, server: Server<Session>): {
   return { address: knownKey(relay, named ?? peer) ?? knownKey(relay, peer) ?? peer, isNamed: named !== undefined };
 }
 
-/** `addressKey`, which a whole party that arrives from one address costs once: 8 % of connecting. */
+/** `addressKey`, with the last result kept: a party that arrives from one address asks for the same. Saves 8 % of connecting. */
 function knownKey(relay: Relay, text: string): string | undefined {
   if (relay.lastAddress.text !== text) relay.lastAddress = { text, key: addressKey(text) };
   return relay.lastAddress.key;
@@ -2591,6 +2605,7 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   const here = () =>
     upgrade ? takeUpgrade(relay, request, server, address, code) : serve(relay, path, code, probe ? undefined : address);
   if (cluster === undefined || decision === "here") {
+    // A socket that asks for no room and no machine is as well off on another one.
     const isFree = code === undefined && pinIn(query, cluster) === undefined;
     if (upgrade && isFree && cluster?.triesNext && relay.stage.name === "draining") return reply(503, { error: "Draining" });
     return here();
@@ -2644,7 +2659,7 @@ function roomAnswer(room: Room | undefined, instance: string): Response {
   return reply(200, { clients: connected.size, maxClients, origin: origin.name, locked: locked || undefined, url }, headers);
 }
 
-/** Makes a request a WebSocket. @param code the room that its path asks for, where such paths are routed */
+/** Makes a request a WebSocket. @param code the room that its path asks for, if such paths are routed */
 function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string, code: string | undefined): Answer {
   const origin = request.headers.get("origin");
   const { allowedOrigins, cluster } = relay.config;
@@ -2662,7 +2677,7 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
 
 // ---- Stopping --------------------------------------------------------------------------------------------
 
-/** Begins a drain; the second time, or without rooms, the end. */
+/** Begins a drain. Ends at once if it is draining already, or has no rooms. */
 function drain(relay: Relay): void {
   const { clock, drainSeconds, log } = relay.config;
   if (relay.stage.name !== "serving") return end(relay, "drained");
@@ -2708,7 +2723,7 @@ function end(relay: Relay, how: "idle" | "drained"): void {
   clock.after(Math.max(0, relay.flushedAt - clock.now()), () => relay.ended.resolve(how));
 }
 
-/** Ends the process that nobody has used for so long, where a platform starts it again on demand. */
+/** Ends a process that nobody has used for IDLE_EXIT_SECONDS: for platforms that start it again on demand. */
 function watchIdle(relay: Relay): void {
   const { clock, idleExitSeconds } = relay.config;
   relay.cancelIdle();

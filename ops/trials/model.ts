@@ -62,7 +62,7 @@ const CODES: Record<string, string> = {
   "Server full": "capacity",
 };
 
-/** A frame that must come: an object, or the exact text where a client's `data` is in it. */
+/** A frame that must come: an object, or the exact text if a client's `data` is in it. */
 type Expected = string | ({ type: string } & Record<string, unknown>);
 
 /** A frame that a client sends, and the text of its last `data`, if it has one. */
@@ -145,7 +145,7 @@ class Room {
 }
 
 type Fields = Map<string, unknown>;
-/** The message of a refusal, with its code where that isn't the usual one; or nothing. */
+/** The message of a refusal, with its code if that isn't the usual one; or nothing. */
 type Outcome = string | { message: string; code: string } | undefined;
 
 /** The codes and claims that weren't there, by address. */
@@ -1067,7 +1067,7 @@ type Got = { texts: string[]; closed?: { code: number; reason: string } };
 
 /**
  * Plays random steps against a fresh relay and compares all that its clients see with the model.
- * @throws where they differ; the message says how to repeat it, the last steps, and what was expected and seen
+ * @throws if they differ; the message says how to repeat it, the last steps, and what was expected and seen
  */
 export async function runModel(options: RunOptions): Promise<Tally> {
   const run = new Run(options);
@@ -1457,7 +1457,7 @@ const sorted = (counts: Map<string, number>) =>
 /** The code in a `created` frame. */
 const roomIn = (text: string): string => (JSON.parse(text) as { room: string }).room;
 
-/** What to call the frame where it is as expected. */
+/** What to call the frame if it is as expected. */
 function match(expected: Expected | undefined, text: string | undefined): string | undefined {
   if (expected === undefined || text === undefined) return undefined;
   if (typeof expected === "string") return text === expected ? /"type":"(\w+)"/.exec(text)?.[1] : undefined;
