@@ -1332,6 +1332,25 @@ describe("stopping", () => {
     clock.advance(1_000);
     expect(await ended).toBe("drained");
   });
+  test("a blip while rooms are being closed costs no room that lingers, either", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, drainSeconds: 6 }, { linger: 300 });
+    const other = await p.open();
+    await other.create();
+    const ended = p.relay.drain();
+    for (const client of [p.host, other]) await client.next();
+    clock.advance(3_800); // of the last 3 s; this room's end is due at 4.5 s, the other's at 6 s
+    await p.host.close();
+    await other.soFar();
+    clock.advance(1_200);
+    const host = await p.open();
+    expect(await host.join(p.room, "host")).toMatchObject({ type: "joined", resumed: true });
+    expect(await host.next()).toEqual({ type: "draining", seconds: 1 });
+    clock.advance(1_500);
+    expect(await host.closed).toEqual({ code: 1012, reason: "restarting" });
+    clock.advance(1_000);
+    expect(await ended).toBe("drained");
+  });
   test("ends when what lingered is over", async () => {
     const clock = new TestClock();
     await using p = await party(0, { clock, drainSeconds: 100 }, { linger: 10 });
@@ -1559,6 +1578,11 @@ describe("siblings", () => {
     expect(asked).toEqual([]);
     await look(relay.url, `/room/${newCode("fra")}`, { "X-Party-Probe": "1" }); // with an address it is a client's
     expect(asked).toHaveLength(1);
+  });
+  test("a sibling's question counts no miss as an upgrade, either", async () => {
+    await using relay = testRelay({ ...fly(stub({ a: true }).siblings), maxMissesPerMinute: 1 });
+    for (let i = 0; i < 3; i++) await Client.open(`${relay.url}/${newCode("fra")}`, { "X-Party-Probe": "1" });
+    expect(await (await Client.open(relay.url)).join("zzzzzz", "b")).toMatchObject({ code: "room_not_found" });
   });
   test("a code that is nowhere counts as a miss if a path asks for it, too, and over the limit isn't searched", async () => {
     const { asked, siblings } = stub({ a: false });

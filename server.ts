@@ -1970,8 +1970,10 @@ function sweep(relay: Relay): void {
 }
 
 function crashed(socket: Socket, error: unknown): void {
-  reportException(socket.data.relay, error);
+  const { relay, goodbye } = socket.data;
+  reportException(relay, error);
   hangUp(socket, CloseCode.INTERNAL_ERROR, "internal error");
+  goodbye?.leave(); // it has closed already: no close event will end it
 }
 
 /** Logs where an exception came from. Its message is left out: it may quote what a client sent. */
@@ -2603,7 +2605,9 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   const decision = route({ path, query, upgrade, replayed, failed, probe }, relay.config, (code) => relay.rooms.has(code));
   const code = codeIn(path, cluster);
   const here = () =>
-    upgrade ? takeUpgrade(relay, request, server, address, code) : serve(relay, path, code, probe ? undefined : address);
+    upgrade
+      ? takeUpgrade(relay, request, server, address, probe ? undefined : code)
+      : serve(relay, path, code, probe ? undefined : address);
   if (cluster === undefined || decision === "here") {
     // A socket that asks for no room and no machine is as well off on another one.
     const isFree = code === undefined && pinIn(query, cluster) === undefined;
@@ -2702,7 +2706,7 @@ function closeEvenly(relay: Relay, begins: number, ms: number): void {
     const passed = clock.now() - begins;
     for (const due = Math.floor((rooms.length * passed) / ms); closed < due && closed < rooms.length; closed++) {
       const room = rooms[closed];
-      if (room !== undefined && relay.rooms.get(room.code) === room) closeRoom(room, "shutdown");
+      if (room !== undefined && room.connected.size > 0) closeRoom(room, "shutdown"); // an empty one lingers to the end
     }
     if (passed >= ms) end(relay, "drained");
     else if (relay.stage.name !== "ended") clock.after(CLOSING_STEP_MS, step);
