@@ -1181,6 +1181,91 @@ describe("a busy relay", () => {
   });
 });
 
+describe("a relay from which the machine withholds CPU", () => {
+  /** A party on a machine of the test's own. */
+  async function machine() {
+    const clock = new TestClock();
+    let cpu = 0;
+    const p = await party(1, { clock, cpuMs: () => cpu });
+    clock.advance(1_000); // joining is over
+    return {
+      ...p,
+      clock,
+      /** A message is relayed; the process uses so much CPU, and the clock moves on. */
+      async relays(usedMs: number, ms: number, how: "runs" | "stall") {
+        await p.guest.soFar();
+        cpu += usedMs;
+        if (how === "runs") clock.advance(ms);
+        else clock.stall(ms);
+      },
+      /** The rest after the next turn, in ms; 0: none. */
+      async nextRest() {
+        clock.rests.length = 0;
+        await p.guest.soFar();
+        return clock.rests[0] ?? 0;
+      },
+    };
+  }
+
+  test("rests for longer and longer, up to 10 ms, as long as it stands still all the same", async () => {
+    await using p = await machine();
+    const rests: number[] = [];
+    for (let period = 0; period < 12; period++) {
+      await p.relays(5, 80, "stall");
+      rests.push(await p.nextRest());
+    }
+    expect(rests[0]).toBe(0);
+    expect(rests[1]).toBeGreaterThanOrEqual(4);
+    expect(rests).toEqual(rests.toSorted((a, b) => a - b));
+    expect(rests.at(-1)).toBeGreaterThan(9);
+    expect(rests.at(-1)).toBeLessThan(10);
+  });
+  test("finds a rest with which it doesn't stand still any more, and stays near it", async () => {
+    await using p = await machine();
+    const rests: number[] = [];
+    let stalls = 0;
+    for (let period = 0; period < 200; period++) {
+      const rest = await p.nextRest();
+      const used = 12 / (1 + rest / 2); // in 80 ms, of which 5 are granted
+      if (used > 5) stalls++;
+      if (used > 5) await p.relays(5, 80, "stall");
+      else for (let n = 0; n < 4; n++) await p.relays(used / 4, 20, "runs");
+      if (period > 20) rests.push(rest);
+    }
+    expect(Math.min(...rests)).toBeGreaterThan(2);
+    expect(Math.max(...rests)).toBeLessThan(8);
+    expect(stalls).toBeLessThan(20);
+  });
+  test("doesn't rest any more some seconds after CPU is there again", async () => {
+    await using p = await machine();
+    for (let period = 0; period < 12; period++) await p.relays(5, 80, "stall");
+    expect(await p.nextRest()).toBeGreaterThan(8);
+    for (let n = 0; n < 10_000 / 20; n++) await p.relays(3, 20, "runs");
+    expect(await p.nextRest()).toBe(0);
+  });
+  test.each([
+    ["that stood still once", [0, 80, "stall", 300]],
+    ["that shares its core with another process", [10, 28, "stall", 20]],
+    ["that works all the time", [80, 80, "stall", 0]],
+    ["that runs freely", [2, 20, "runs", 0]],
+  ] as const)("is none %s: it doesn't rest", async (_, [usedMs, ms, how, pauseMs]) => {
+    await using p = await machine();
+    for (let n = 0; n < 20; n++) {
+      await p.relays(usedMs, ms, how);
+      p.clock.advance(pauseMs);
+    }
+    expect(p.clock.rests).toEqual([]);
+  });
+  test("has no timer for that while nobody says anything", async () => {
+    await using p = await machine();
+    const { pending } = p.clock;
+    await p.guest.soFar();
+    expect(p.clock.pending).toBe(pending + 1);
+    p.clock.advance(40);
+    expect(p.clock.pending).toBe(pending);
+  });
+});
+
 describe("caps", () => {
   test("over MAX_ROOMS the lingering room that is nearest its end gives way, and without one: Server full", async () => {
     await using relay = testRelay({ maxRooms: 3, clock: new TestClock() });

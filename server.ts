@@ -416,7 +416,20 @@ const GOODBYE_MS = 5_000; // how long the frames that a properly closed socket l
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // during a turn of this length enough frames have gathered: no rest after it
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
-const REST_WINDOW_MS = 20; // over which that rate is taken
+const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
+const WITHHELD_MS = 12; // so much later than due, and not for work of ours: more than a competing process does
+const AGAIN_MS = 250; // late once is a hiccup, twice within this time is none
+const KNOWN_WITHHELD_MS = 6; // the same if it is known that the machine sets a limit
+const AT_LIMIT = 0.9; // late while more than this part of it is used: that was the limit
+const WITHHELD_REST_MS = 4; // at first; then longer with each time that CPU is withheld
+const LONGER = 1.2;
+const LONGEST_REST_MS = 9.5; // with the timer's own lateness under 10 ms
+const USE = 0.65; // of what the machine grants; some moments need more than others
+const USED_MS = 1_000; // over which the use of CPU is averaged
+const SETTLE_MS = 1_000; // in which the rest follows it
+const PATIENCE_MS = 2_000; // until a relay from which nothing was withheld tries to use more
+const MOST_PATIENCE_MS = 8_000; // if it has tried in vain
+const TRIAL_MS = 2_500; // until it uses as much as it was granted; soon after that, anything
 
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
 const ROOM_BYTES = 2048; // about what a lingering room occupies, without its state and the slots that it remembers
@@ -508,6 +521,8 @@ export type Config = Record<LimitName, number> & {
   metricsMs: number;
   /** Bytes of memory that the process occupies. */
   memory(): number;
+  /** Milliseconds that the process has been on a CPU so far. */
+  cpuMs(): number;
 };
 
 /** The configuration is wrong; the message says what, a line a fault. */
@@ -562,6 +577,10 @@ const DEFAULTS: Config = {
   knownInAll: 100_000,
   metricsMs: 1_000,
   memory: () => process.memoryUsage.rss(),
+  cpuMs() {
+    const { user, system } = process.cpuUsage();
+    return (user + system) / 1000;
+  },
 };
 
 /**
@@ -1510,10 +1529,8 @@ class Flow {
  * The turns of the event loop. In each one the relay reads all sockets that have something, and a frame is handled as it is read
  * if its socket's bucket has a token and its flow has credit. Else the frame waits in the socket's queue, and the socket is
  * paused, so that the sender's system holds back the rest. As long as something waits, one turn follows the other; each begins
- * with what waits: flows in rotation, each for its share of the turn's work (deficit round robin).
- *
- * With nothing waiting, a relay that is busy ends its turn with a rest: it blocks for a moment, so that more frames are
- * there to be read, and to be sent, together. That saves most of what waking up for each one costs.
+ * with what waits: flows in rotation, each for its share of the turn's work (deficit round robin). With nothing waiting, a
+ * turn may end with a rest.
  */
 class Turns {
   /** Units of work done so far. Frames out add what they deliver. */
@@ -1546,13 +1563,11 @@ class Turns {
   /** Sockets that aren't read from, because this turn has read much or memory is short. */
   readonly #held = new Set<Socket>();
   #cancelRefill: (() => void) | undefined;
-  #isBusy = false;
-  /** The deliveries until `#rateSince`. */
-  #rateFrom = 0;
-  #rateSince = 0;
+  readonly #rest: Rest;
 
   constructor(config: Config, relay: Relay) {
     this.#config = config;
+    this.#rest = new Rest(config);
     this.#relay = relay;
   }
 
@@ -1723,7 +1738,7 @@ class Turns {
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
-    if (this.#behind.size === 0 && !canReadOn) return this.#restIfBusy(now);
+    if (this.#behind.size === 0 && !canReadOn) return this.#rest.after(this.#begunAt, now, this.deliveries);
     this.#begin(now);
     if (canReadOn) this.#readOnInTurn(now);
     const enough = this.work + TURN_WORK;
@@ -1853,15 +1868,116 @@ class Turns {
     this.#empty.clear();
     for (const socket of waiting) this.#goOn(socket, now);
   }
+}
 
-  #restIfBusy(now: number): void {
-    const elapsed = now - this.#rateSince;
-    if (elapsed >= REST_WINDOW_MS) {
-      this.#isBusy = this.deliveries - this.#rateFrom > elapsed * REST_ABOVE;
-      this.#rateFrom = this.deliveries;
-      this.#rateSince = now;
+/**
+ * The rests of a relay that is short of CPU. At the end of a turn it blocks for a moment, so that more frames are there to be
+ * read, and to be sent, together: that saves most of what waking up for each one costs.
+ *
+ * A relay that is busy rests a little. It rests for longer if the machine withholds CPU: small ones let a process run for a few
+ * milliseconds in each period, and then it stands still until the next. Then timers are late although the process has hardly
+ * worked. What it used until then is what the machine grants, and from there on the rest is such that clearly less is used.
+ * After some calm seconds the relay uses more and more, until it stands still again or doesn't rest any more.
+ */
+class Rest {
+  readonly #config: Config;
+  /** How long frames gather because CPU is withheld. */
+  #ms = 0;
+  #isBusy = false;
+  /** Whether it looks each LOOK_MS: as long as there are turns, so that a quiet relay sleeps on. */
+  #isLooking = false;
+  #hadTurn = false;
+  /** Deliveries so far. */
+  #deliveries = 0;
+  /** Clock time, CPU time and deliveries at the last look. */
+  #last = { at: 0, cpu: 0, deliveries: 0 };
+  /** Share of a core that is used, averaged over USED_MS. */
+  #used = 0;
+  /** Share of a core that the machine grants; undefined: no limit is known. */
+  #granted: number | undefined;
+  /** Clock time and CPU time when CPU was withheld last. */
+  #withheld = { at: -Infinity, cpu: 0 };
+  #patienceMs = PATIENCE_MS;
+
+  constructor(config: Config) {
+    this.#config = config;
+  }
+
+  /** Rests after a turn, if there is reason to. @param deliveries so far */
+  after(begunAt: number, now: number, deliveries: number): void {
+    const { clock } = this.#config;
+    this.#hadTurn = true;
+    this.#deliveries = deliveries;
+    if (!this.#isLooking) {
+      this.#measure(now);
+      this.#lookLater(now);
     }
-    if (this.#isBusy && now - this.#begunAt < LONG_TURN_MS) this.#config.clock.rest(REST_MS);
+    const lasted = now - begunAt;
+    const busyMs = this.#isBusy && lasted < LONG_TURN_MS ? REST_MS : 0;
+    const ms = Math.max(0, busyMs, this.#ms - lasted);
+    if (ms > 0) clock.rest(ms);
+    if (this.#granted === undefined) return;
+    const woke = clock.now();
+    const late = woke - begunAt - ms;
+    if (late > KNOWN_WITHHELD_MS) this.#adapt(woke, late);
+  }
+
+  #lookLater(now: number): void {
+    this.#isLooking = true;
+    this.#hadTurn = false;
+    const due = now + LOOK_MS;
+    this.#config.clock.after(LOOK_MS, () => {
+      const now = this.#config.clock.now();
+      this.#adapt(now, now - due - this.#ms);
+      if (this.#hadTurn) this.#lookLater(now);
+      else this.#isLooking = false;
+    });
+  }
+
+  /** Looks at what was done since the last look. @returns the share of a core that was used */
+  #measure(now: number): number {
+    const last = this.#last;
+    this.#last = { at: now, cpu: this.#config.cpuMs(), deliveries: this.#deliveries };
+    const ms = now - last.at;
+    if (ms === 0) return 1;
+    const share = (this.#last.cpu - last.cpu) / ms;
+    this.#isBusy = this.#deliveries - last.deliveries > ms * REST_ABOVE;
+    this.#used += (share - this.#used) * Math.min(1, ms / USED_MS);
+    return share;
+  }
+
+  /** Sets the rest by the use of CPU, and by how much later than due something happened. */
+  #adapt(now: number, late: number): void {
+    const since = now - this.#last.at;
+    const withheld = late * (1 - this.#measure(now));
+    if (withheld > (this.#granted === undefined ? WITHHELD_MS : KNOWN_WITHHELD_MS)) this.#standStill(now);
+    else if (this.#granted !== undefined) this.#follow(this.#granted, now, since);
+  }
+
+  /** The machine has withheld CPU. */
+  #standStill(now: number): void {
+    const { cpu } = this.#last;
+    const since = now - this.#withheld.at;
+    if (since < LOOK_MS) return; // it was noticed already
+    const between = since < AGAIN_MS ? (cpu - this.#withheld.cpu) / since : undefined;
+    this.#withheld = { at: now, cpu };
+    const isAtLimit = this.#granted !== undefined && this.#used > AT_LIMIT * this.#granted;
+    if (between === undefined && !isAtLimit) return;
+    if (since > this.#patienceMs) this.#patienceMs = Math.min(MOST_PATIENCE_MS, 2 * this.#patienceMs);
+    this.#granted = Math.max(between ?? 0, this.#used);
+    this.#ms = Math.min(LONGEST_REST_MS, Math.max(WITHHELD_REST_MS, LONGER * this.#ms));
+  }
+
+  /** Makes the rest longer or shorter, so that the use of CPU becomes the wanted part of what is granted. */
+  #follow(granted: number, now: number, since: number): void {
+    const trial = Math.max(0, now - this.#withheld.at - this.#patienceMs) / TRIAL_MS;
+    const wanted = (USE + (1 - USE) * trial ** 2) * granted;
+    const ms = Math.max(1, this.#ms) * (this.#used / wanted) ** (since / SETTLE_MS);
+    this.#ms = ms <= 1 ? 0 : Math.min(LONGEST_REST_MS, ms);
+    this.#granted = Math.max(granted, this.#used);
+    if (this.#ms > 0 || trial < 2) return;
+    this.#granted = undefined; // there is no limit any more, or it is far away
+    this.#patienceMs = PATIENCE_MS;
   }
 }
 

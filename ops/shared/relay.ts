@@ -44,9 +44,15 @@ export class TestClock implements Clock {
       const [next] = [...this.#timers].sort((a, b) => a.due - b.due);
       if (next === undefined || next.due > until) break;
       this.#timers.delete(next);
-      this.#now = next.due;
+      this.#now = Math.max(this.#now, next.due);
       next.run();
     }
     this.#now = until;
+  }
+
+  /** Lets `ms` pass in which the process stands still: timers that fall due run late, at the end. */
+  stall(ms: number): void {
+    this.#now += ms;
+    this.advance(0);
   }
 }
