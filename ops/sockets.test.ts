@@ -93,9 +93,10 @@ describe("a flooder", () => {
     const relay = testRelay({ clock, maxMessagesPerSecond: RATE });
     const peer = await Client.open(relay.url);
     const room = await peer.create();
+    const timers = await timersWhenQuiet(clock);
     const flooder = await sits(relay.url, room, "flooder");
     await peer.soFar();
-    return { clock, relay, peer, room, flooder, [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose]() };
+    return { clock, relay, peer, room, flooder, timers, [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose]() };
   }
   const burst = 2 * RATE - 1; // the join took one
 
@@ -131,7 +132,6 @@ describe("a flooder", () => {
 
   test("that says goodbye while it is paused is heard first, then forgotten", async () => {
     await using at = await scene();
-    const timers = await timersWhenQuiet(at.clock);
     at.flooder.send(...numbered(burst + 30));
     for (const _ of upTo(burst)) await at.peer.next();
     at.flooder.end();
@@ -143,7 +143,7 @@ describe("a flooder", () => {
     expect(dataOf(frames)).toEqual(upTo(burst + 30).slice(burst));
     expect(frames.at(-1)).toEqual({ type: "peer_left", index: 1 });
     at.clock.advance(TICK_MS);
-    expect(await timersWhenQuiet(at.clock)).toBe(timers);
+    expect(await timersWhenQuiet(at.clock)).toBe(at.timers);
     expect(await vitals(at.relay.url)).toMatchObject({ rooms: 1, clients: 1 });
   });
 
@@ -201,14 +201,13 @@ describe("a flooder", () => {
 
   test("that resets while it is paused is noticed at once, and what waited is discarded", async () => {
     await using at = await scene();
-    const timers = await timersWhenQuiet(at.clock);
     at.flooder.send(...numbered(burst + 30));
     for (const _ of upTo(burst)) await at.peer.next();
     at.flooder.reset();
     expect(await at.peer.next()).toEqual({ type: "peer_left", index: 1 });
     at.clock.advance(10_000);
     expect(await at.peer.soFar()).toEqual([]);
-    expect(await timersWhenQuiet(at.clock)).toBe(timers);
+    expect(await timersWhenQuiet(at.clock)).toBe(at.timers);
   });
 
   test("that says goodbye while it is paused is not heard beyond what ends its socket", async () => {
@@ -243,7 +242,6 @@ describe("a flooder", () => {
 
   test("that is kicked while it is paused is not heard any more", async () => {
     await using at = await scene();
-    const timers = await timersWhenQuiet(at.clock);
     const other = await Client.open(at.relay.url);
     const join = { type: "join", clientId: "x", room: await other.create() };
     at.flooder.send(...numbered(burst + 30), join);
@@ -252,7 +250,7 @@ describe("a flooder", () => {
     at.clock.advance(10_000);
     expect(await at.peer.soFar()).toEqual([]);
     expect(await other.soFar()).toEqual([]);
-    expect(await timersWhenQuiet(at.clock)).toBe(timers);
+    expect(await timersWhenQuiet(at.clock)).toBe(at.timers);
   });
 });
 
