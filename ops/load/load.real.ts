@@ -217,7 +217,7 @@ describe.skipIf(noGroup !== undefined)(`--cpu${noGroup === undefined ? "" : ` (s
         "--rate",
         "0",
         "--cpu",
-        "1/50", // so little that it is used up whatever else the machine does
+        "5/50",
         "--seconds",
         "0.5",
         "--json",
