@@ -63,13 +63,13 @@ for (const { program, change, oldWorkerEnds } of keepers)
 describe.skipIf(caddy.whyNot !== "")(`a reload of Caddy with another configuration${caddy.whyNot}`, () => {
   const change = { "\treverse_proxy": "\theader X-Reloaded yes\n\treverse_proxy" };
 
-  test("cuts every socket with 1001, which ends each room that doesn't linger", async () => {
+  test("cuts every socket with 1001 or 1002, which ends each room that doesn't linger", async () => {
     await using relay = testRelay();
     await using proxy = await caddy.start(relay.port);
     const { host, guest, room } = await play(proxy);
     await proxy.reload(change);
-    expect((await host.closed).code).toBe(1001);
-    expect((await guest.closed).code).toBe(1001);
+    // As a rule 1001, Caddy's own; 1002 if the relay's answer to what Caddy sends it is sent on first.
+    for (const player of [host, guest]) expect([1001, 1002]).toContain((await player.closed).code);
     expect(await isChanged(proxy)).toBe(true);
     const again = await Client.open(proxy.url);
     expect(await again.join(room, "host")).toMatchObject({ type: "error", code: "room_not_found" });
