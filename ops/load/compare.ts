@@ -80,17 +80,19 @@ export type Step = { rooms: number; p99Ms: number | null; carried: boolean; runs
 
 /**
  * The most rooms with which all is well and the p99 stays below a limit: twice as many until that fails, then halfway between
- * what was carried and what was not, until they differ by a tenth.
+ * what was carried and what was not, until they differ by a tenth. A failure counts if it happens twice in a row: what else the
+ * machine does can only make things worse.
+ * @param first how many it begins with @param most how many it may try
  * @param measureAt runs with so many rooms, any number of times @param onStep is told of each attempt
  */
 export async function carry(
   limitMs: number,
-  most: number,
+  [first, most]: [number, number],
   measureAt: (rooms: number) => Promise<Result[]>,
   onStep: (step: Step) => void = () => {},
 ): Promise<{ rooms: number; steps: Step[] }> {
   const steps: Step[] = [];
-  const isCarried = async (rooms: number): Promise<boolean> => {
+  const attempt = async (rooms: number): Promise<boolean> => {
     const runs = await measureAt(rooms).catch(() => []); // so overloaded that not even all could join
     const p99Ms = median(runs.map(P99.of));
     const carried = p99Ms !== null && p99Ms < limitMs && runs.every(({ ok }) => ok);
@@ -99,9 +101,10 @@ export async function carry(
     onStep(step);
     return carried;
   };
+  const isCarried = async (rooms: number) => (await attempt(rooms)) || attempt(rooms);
   let carried = 0;
   let failed = Infinity;
-  for (let rooms = 1; failed === Infinity && rooms <= most; rooms *= 2)
+  for (let rooms = first; failed === Infinity && rooms <= most; rooms *= 2)
     if (await isCarried(rooms)) carried = rooms;
     else failed = rooms;
   while (failed !== Infinity && failed - carried > Math.max(1, carried / 10)) {

@@ -52,7 +52,7 @@ how the server fares
 output
   --series             also a line for each second of the run
   --cold               what a delivery costs in the first second of the traffic (no warm-up), against the last
-  --carry MS           how many rooms it carries with a p99 below MS, all else as given
+  --carry MS           how many rooms it carries with a p99 below MS, all else as given; begins with --rooms [1]
   --json               one JSON object on stdout
   --help`;
 
@@ -93,11 +93,11 @@ function readOptions(): Options {
   if (mode !== "traffic") excludes(mode, "game", "cold", "carry");
   if (game !== undefined) excludes("game", "senders", "rate", "targeted");
   if (cold) excludes("cold", "warmup", "url", "carry");
-  if (carry !== undefined) excludes("carry", "rooms", "series");
+  if (carry !== undefined) excludes("carry", "series");
   if (cpu !== undefined) excludes("cpu", "url");
   if (rival !== undefined) excludes("rival", "url");
 
-  const scenario = read.scenario(flags, mode, cold ? { warmup: "0" } : {});
+  const scenario = read.scenario(flags, mode, { ...(cold && { warmup: "0" }), ...(carry !== undefined && { rooms: "1" }) });
   scenario.flap = flap === undefined ? 0 : read.count("flap", flap, 0);
   if (scenario.flap > scenario.rooms * scenario.clients) read.fault("--flap must be at most --rooms times --clients");
   if (game !== undefined) {
@@ -146,11 +146,11 @@ async function carryAndPrint({ targets, scenario, runs, json }: Options, limitMs
   const most = Math.floor(MAX_MEMBERS / scenario.clients);
   const say = (text: string) => json || console.log(text);
   const found = [];
-  say(`${machine(targets)}\nFrom ${describe({ ...scenario, rooms: 1 })}`);
+  say(`${machine(targets)}\nFrom ${describe(scenario)}`);
   for (const target of targets) {
     say(`\n${target.name}`);
     const measureAt = async (rooms: number) => (await measure([target], { ...scenario, rooms }, runs, progress)).flat();
-    const carried = await carry(limitMs, most, measureAt, ({ rooms, p99Ms, carried, runs }) => {
+    const carried = await carry(limitMs, [scenario.rooms, most], measureAt, ({ rooms, p99Ms, carried, runs }) => {
       const p99 = p99Ms === null ? "not all could join" : `p99 ${milliseconds(p99Ms)} ms`;
       say(`  ${roomsText(rooms)}: ${p99}${carried ? "" : ", too much"}`);
       for (const note of runs.flatMap((run) => notes(run, scenario))) say(`    Note: ${note}.`);
