@@ -2383,7 +2383,11 @@ export function nginxCluster(ids: ReadonlySet<string>, siblings: Siblings): Clus
     isMachine: (id) => ids.has(id),
     replayedHeader: "x-relay-src",
     failedHeader: "x-relay-failed",
-    replay: (target) => reply(200, "", { "X-Accel-Redirect": `/@relay/${"instance" in target ? target.instance : ""}` }),
+    // Without a content type and the like, which nginx would keep beside the peer's own.
+    replay: (target) =>
+      new Response(null, {
+        headers: { ...EVERY_ANSWER, "X-Accel-Redirect": `/@relay/${"instance" in target ? target.instance : ""}` },
+      }),
     siblings,
     triesNext: true,
   };
@@ -2665,17 +2669,21 @@ const METHODS = "GET, HEAD, OPTIONS";
 const WEBSOCKET_VERSION = "13"; // the only one that RFC 6455 has
 type Answer = Response | undefined;
 
-/** Every answer over HTTP is made here. It closes its connection: who pipelines requests gets one answered. */
+/** The headers of every answer. It closes its connection: who pipelines requests gets one answered. */
+const EVERY_ANSWER = {
+  "Access-Control-Allow-Origin": "*",
+  "Access-Control-Expose-Headers": "X-Instance-Id",
+  Connection: "close",
+};
+
 function reply(status: number, body: string | object, headers: Record<string, string> = {}): Response {
   const isText = typeof body === "string";
   return new Response(isText ? body : JSON.stringify(body), {
     status,
     headers: {
-      "Access-Control-Allow-Origin": "*",
-      "Access-Control-Expose-Headers": "X-Instance-Id",
+      ...EVERY_ANSWER,
       "Content-Type": isText ? "text/plain; charset=utf-8" : "application/json",
       "Cache-Control": "no-store",
-      Connection: "close",
       ...headers,
     },
   });
