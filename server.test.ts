@@ -1174,9 +1174,11 @@ describe("a busy relay", () => {
       systemClock.rest(ms);
       rested += performance.now() - begun;
     };
-    const sent = Array.from({ length: 10_000 }, (_, n) => n);
-    for (const n of sent) p.host.send({ type: "send", data: n });
-    for (const n of sent) expect((await p.guest.next()).data).toBe(n);
+    for (let begin = 0; begin < 2_000; begin += 100) {
+      const sent = Array.from({ length: 100 }, (_, n) => begin + n);
+      for (const n of sent) p.host.send({ type: "send", data: n });
+      for (const n of sent) expect((await p.guest.next()).data).toBe(n);
+    }
     expect(rested).toBeGreaterThan(1);
   });
 });

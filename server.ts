@@ -1636,18 +1636,29 @@ class Turns {
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
-  /** Reads no more from sockets that weren't heard since then (clock time). */
-  hold(since: number): void {
+  /** Reads no more from sockets that weren't heard since then (clock time), if their flow has more than so many sockets. */
+  hold(since: number, most: number): void {
     for (const socket of this.#relay.sockets) {
-      if (socket.data.queue !== undefined || socket.data.heardAt > since) continue;
+      const { queue, heardAt, flow, home } = socket.data;
+      const sockets = flow.room?.connected.size ?? home.sockets.size;
+      if (queue !== undefined || heardAt > since || sockets <= most) continue;
       this.#pause(socket);
       this.#held.add(socket);
     }
   }
 
-  /** Reads on from at most so many of the sockets that are held. */
+  /** Reads on from so many of those that are held: from the first of each flow first, then from the second of each. */
   release(now: number, most: number): void {
-    for (const socket of [...this.#held].slice(0, most)) this.#readOn(socket, now);
+    const rounds = new Map<Flow, number>();
+    const held = [...this.#held].map((socket) => {
+      const round = rounds.get(socket.data.flow) ?? 0;
+      rounds.set(socket.data.flow, round + 1);
+      return { socket, round };
+    });
+    for (const { socket } of held.sort((a, b) => a.round - b.round).slice(0, most)) {
+      this.#held.delete(socket);
+      this.#goOn(socket, now);
+    }
   }
 
   get isHolding(): boolean {
@@ -1692,23 +1703,7 @@ class Turns {
    */
   #takeIn(now: number): void {
     if (!this.#isUnderWay) this.#begin(now);
-    if (++this.#frames === TURN_FRAMES) this.hold(Infinity);
-  }
-
-  #readOn(socket: Socket, now: number): void {
-    this.#held.delete(socket);
-    this.#goOn(socket, now);
-  }
-
-  /** Reads on from TURN_SOCKETS of those that are held: the first of each flow, then the second of each, and so on. */
-  #readOnInTurn(now: number): void {
-    const rounds = new Map<Flow, number>();
-    const held = [...this.#held].map((socket) => {
-      const round = rounds.get(socket.data.flow) ?? 0;
-      rounds.set(socket.data.flow, round + 1);
-      return { socket, round };
-    });
-    for (const { socket } of held.sort((a, b) => a.round - b.round).slice(0, TURN_SOCKETS)) this.#readOn(socket, now);
+    if (++this.#frames === TURN_FRAMES) this.hold(Infinity, 0);
   }
 
   #takeToken(socket: Socket, now: number): void {
@@ -1740,7 +1735,7 @@ class Turns {
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
     if (this.#behind.size === 0 && !canReadOn) return this.#rest.after(this.#begunAt, now, this.deliveries);
     this.#begin(now);
-    if (canReadOn) this.#readOnInTurn(now);
+    if (canReadOn) this.release(now, TURN_SOCKETS);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
@@ -2168,8 +2163,9 @@ class Memory {
     const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
     this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
-    if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS);
-    else this.#relay.turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(1, (limit - used) / maxMessageBytes));
+    if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS, LOOK_SOCKETS);
+    else
+      this.#relay.turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
     this.#cancelNext();
     this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
   }

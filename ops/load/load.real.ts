@@ -139,7 +139,7 @@ function faultyRelay(fault: Fault) {
   return { url: `ws://localhost:${server.port}`, sent, [Symbol.asyncDispose]: () => server.stop(true) };
 }
 
-describe.concurrent("against a relay with one fault, exits with 1 and counts", () => {
+describe("against a relay with one fault, exits with 1 and counts", () => {
   const cases: [Fault, object][] = [
     ["drop", { lost: 1 }],
     ["double", { doubled: 1 }],
