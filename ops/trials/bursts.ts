@@ -62,7 +62,11 @@ class Caller {
   stay: Stay | undefined;
   pongs = 0;
   isClosed = false;
-  constructor(readonly client: Client) {}
+  constructor(
+    readonly client: Client,
+    /** The socket in whose place it comes, if there is one. */
+    readonly old: Caller | undefined,
+  ) {}
 }
 
 type Room = {
@@ -144,7 +148,7 @@ class Scene {
     const room: Room = {
       ...{
         code,
-        witness: new Caller(witness),
+        witness: new Caller(witness, undefined),
         story: [],
         whispers: new Map(),
         stays: [],
@@ -234,8 +238,12 @@ class Scene {
     stay.endedAt = this.clock.now();
   }
 
-  /** A socket's end is that of the stays that it has asked for, too. */
-  #hangsUp({ stay, coming }: Caller, how: Stay["end"]): void {
+  /**
+   * A socket's end is that of the stays that it has asked for, too. Who hangs up before its `join` is answered may have replaced
+   * nobody, so the old socket goes with it.
+   */
+  #hangsUp({ stay, coming, old }: Caller, how: Stay["end"]): void {
+    if (coming.length > 0) old?.client.terminate();
     for (const each of [stay, ...coming]) if (each !== undefined && !each.isOver) this.#ends(each, how);
   }
 
@@ -245,7 +253,7 @@ class Scene {
     if (old !== undefined) this.#hangsUp(old, "lost");
     // Who hung up is still being heard, perhaps; coming back ends that.
     for (const each of room.stays) if (each.clientId === clientId && each.end === "close") each.end = "lost";
-    const caller = new Caller(this.#spare.shift() ?? (await Client.open(this.relay.url)));
+    const caller = new Caller(this.#spare.shift() ?? (await Client.open(this.relay.url)), old);
     room.callers.set(clientId, caller);
     void this.#listen(caller);
     this.#join(room, caller, clientId);
