@@ -3,7 +3,7 @@ import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { join } from "node:path";
 import { ROOT } from "../shared/processes.ts";
 import { Systemd, unit, whyNoSystemd } from "./systemd.ts";
-import { nginx, read } from "./testing.ts";
+import { nginx, read } from "../shared/proxies.ts";
 
 const whyNot = whyNoSystemd ?? (nginx.whyNot || undefined);
 const PORTS = [4501, 4502, 4503, 4504];

@@ -6,7 +6,7 @@ import { configFromEnv, systemClock } from "../../server.ts";
 import { Client } from "../shared/client.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
 import { within } from "../shared/wait.ts";
-import type { Edits, Program } from "./testing.ts";
+import type { Edits, Program } from "../shared/proxies.ts";
 
 const { addressHeader } = configFromEnv({ ADDRESS_HEADER: "X-Forwarded-For" });
 

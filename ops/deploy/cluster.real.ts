@@ -1,16 +1,13 @@
 /** Three relays behind nginx, as nginx-cluster.conf and nginx-relays.conf set it up. */
 import { describe, expect, test } from "bun:test";
 import { join } from "node:path";
-import { temporaryDirectory } from "../shared/directory.ts";
 import { Client } from "../shared/client.ts";
 import { parseMetrics, scrape } from "../shared/metrics.ts";
 import { Child, freePort, RelayProcess, ROOT, run } from "../shared/processes.ts";
 import { handshake, RawSocket } from "../shared/sockets.ts";
 import { until, within } from "../shared/wait.ts";
 import { ask, METRICS } from "./behind.ts";
-import { type Edits, nginx, type Proxy, read, startNginx } from "./testing.ts";
-
-const IDS = ["4501", "4502", "4503"]; // as they stand in nginx-relays.conf
+import { CLUSTER_IDS, nginx, peersEnv, type Proxy, startClusterNginx, startNginx } from "../shared/proxies.ts";
 
 type Cluster = AsyncDisposable & {
   /** Where nginx listens. */
@@ -31,31 +28,14 @@ type Cluster = AsyncDisposable & {
 async function startCluster(env: Record<string, string> = {}): Promise<Cluster> {
   await using starting = new AsyncDisposableStack();
   let stack = starting;
-  const directory = stack.use(await temporaryDirectory("cluster")).path;
-  const ids = IDS.map(() => `${freePort()}`);
-  const peers = { PEERS: ids.join(), PEER_ADDRESS: "127.0.0.1:{id}", HOST: "127.0.0.1" };
+  const ids = Array.from({ length: 3 }, () => `${freePort()}`);
   const relays = new Map<string, RelayProcess>();
   const start = async (id: string) => {
-    relays.set(id, stack.use(await RelayProcess.start({ ...peers, PORT: id, INSTANCE_ID: id, ...env })));
+    relays.set(id, stack.use(await RelayProcess.start({ ...peersEnv(ids), PORT: id, INSTANCE_ID: id, ...env })));
   };
   await Promise.all(ids.map(start));
-  const relaysConf = (await read("nginx-relays.conf")).replace(
-    /(?<=127\.0\.0\.1:)450\d/g,
-    (id) => ids[IDS.indexOf(id)] as string,
-  );
-  const entrance = async (...chosen: string[]): Promise<Proxy> => {
-    const others = ids.filter((id) => !chosen.includes(id));
-    const lines = relaysConf.split("\n").filter((line) => !others.some((id) => line.includes(`server 127.0.0.1:${id}`)));
-    const file = join(directory, `relays-${chosen.join("-")}.conf`);
-    await Bun.write(file, lines.join("\n"));
-    const address = `127.0.0.1:${freePort()}`;
-    const edits: Edits = {
-      "listen 80;": `listen ${address};`,
-      "http {": `http { include ${file};`,
-      "worker_processes 1": "worker_processes 2",
-    };
-    return stack.use(await startNginx(`http://${address}`, "nginx-cluster.conf", edits));
-  };
+  const entrance = async (...chosen: string[]): Promise<Proxy> =>
+    stack.use(await startClusterNginx(chosen, { "worker_processes 1": "worker_processes 2" }));
   const proxy = await entrance(...ids);
   stack = starting.move();
   return {
@@ -486,18 +466,17 @@ describe("a relay of a cluster", () => {
 
 describe.skipIf(whyNoNetworks !== "")(`from another computer${whyNoNetworks}`, () => {
   test("nginx is reached, and no relay of the same machine, which listen at 127.0.0.1", async () => {
-    const common = { PEERS: IDS.join(), PEER_ADDRESS: "127.0.0.1:{id}", HOST: "127.0.0.1" };
     await using away = await startAway(
       "nginx-relays.conf",
-      IDS.map((id) => ({ ...common, PORT: id, INSTANCE_ID: id })),
+      CLUSTER_IDS.map((id) => ({ ...peersEnv(CLUSTER_IDS), PORT: id, INSTANCE_ID: id })),
     );
     expect(
       await away.outside(`
         const room = await (await Client.open("http://10.78.0.2")).create();
         const { type } = await (await Client.open("http://10.78.0.2/" + room)).join(room, "guest");
-        const relays = [${IDS}].map((port) => fetch("http://10.78.0.2:" + port + "/health").then(() => "reached", ({ code }) => code));
+        const relays = [${CLUSTER_IDS}].map((port) => fetch("http://10.78.0.2:" + port + "/health").then(() => "reached", ({ code }) => code));
         done({ type, relays: await Promise.all(relays) })`),
-    ).toEqual({ type: "joined", relays: IDS.map(() => "ECONNREFUSED") });
+    ).toEqual({ type: "joined", relays: CLUSTER_IDS.map(() => "ECONNREFUSED") });
   });
 
   test("a dead machine costs a second, and hides no room of another one", async () => {

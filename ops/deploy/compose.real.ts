@@ -5,7 +5,7 @@ import { Client } from "../shared/client.ts";
 import { ROOT, run } from "../shared/processes.ts";
 import { until } from "../shared/wait.ts";
 import { Engine, whyNoEngine } from "./engine.ts";
-import { edit, nginx, read } from "./testing.ts";
+import { edit, nginx, read } from "../shared/proxies.ts";
 
 const COMPOSE = "docker-compose";
 const whyNoCompose = Bun.which(COMPOSE) === null ? ` (skipped: no ${COMPOSE} on this machine)` : undefined;

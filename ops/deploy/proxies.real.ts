@@ -4,7 +4,7 @@ import { Client } from "../shared/client.ts";
 import { testRelay } from "../shared/relay.ts";
 import { until } from "../shared/wait.ts";
 import { describeBehind } from "./behind.ts";
-import { caddy, type Edits, haproxy, nginx, type Program, type Proxy } from "./testing.ts";
+import { caddy, type Edits, haproxy, nginx, type Program, type Proxy } from "../shared/proxies.ts";
 
 describeBehind(haproxy, { "client 30s": "client 1s", "server 30s": "server 1s", "tunnel 60s": "tunnel 2s" }, true);
 

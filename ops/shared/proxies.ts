@@ -1,8 +1,8 @@
-/** nginx, Caddy and HAProxy as the configurations of this directory set them up, in front of relays of the test's own. */
+/** nginx, Caddy and HAProxy as the configurations of `ops/deploy/` set them up, in front of relays of a test's or tool's own. */
 import { join } from "node:path";
-import { temporaryDirectory } from "../shared/directory.ts";
-import { Child, freePort, run } from "../shared/processes.ts";
-import { until } from "../shared/wait.ts";
+import { temporaryDirectory } from "./directory.ts";
+import { Child, freePort, ROOT, run } from "./processes.ts";
+import { until } from "./wait.ts";
 
 /** Replacements in a configuration: what stands there, and by what it is replaced. */
 export type Edits = Record<string, string>;
@@ -16,8 +16,8 @@ export function edit(text: string, edits: Edits): string {
   return text;
 }
 
-/** The text of a file of this directory. */
-export const read = (file: string): Promise<string> => Bun.file(join(import.meta.dir, file)).text();
+/** The text of a file of `ops/deploy/`. */
+export const read = (file: string): Promise<string> => Bun.file(join(ROOT, "ops/deploy", file)).text();
 
 /** Makes more replacements in a proxy's configuration and has it reload it, as `systemctl reload` does. */
 type Reload = (edits: Edits) => Promise<void>;
@@ -30,8 +30,11 @@ export type Program = {
   name: string;
   /** Why it can't be started here, to be appended to a test's name; or empty. */
   whyNot: string;
-  /** Starts it at a free port of 127.0.0.1 in front of the relay at another port. @param edits more replacements */
-  start(relayPort: number, edits?: Edits): Promise<Proxy>;
+  /**
+   * Starts it at a free port of 127.0.0.1 in front of the relay at another port.
+   * @param edits more replacements @param inside as `startNginx` has it; nginx alone heeds it
+   */
+  start(relayPort: number, edits?: Edits, inside?: string[]): Promise<Proxy>;
 };
 
 /** Debian's servers are not on everybody's PATH. */
@@ -40,7 +43,7 @@ const find = (name: string): string | null => Bun.which(name, { PATH });
 const whyNot = (name: string): string => (find(name) === null ? ` (skipped: no ${name} on this machine)` : "");
 
 type Server = {
-  /** The configuration in this directory. */
+  /** The configuration in `ops/deploy/`. */
   file: string;
   edits: Edits;
   /** What has to stand around it. @param directory for the program's files */
@@ -88,7 +91,7 @@ async function start(url: string, { file, edits, whole = (site) => site, command
   };
 }
 
-/** Starts nginx with a file of this directory as its site. @param inside a command that runs another one somewhere else */
+/** Starts nginx with a file of `ops/deploy/` as its site. @param inside a command that runs another one somewhere else */
 export function startNginx(url: string, file: string, edits: Edits, inside: string[] = []): Promise<Proxy> {
   return start(url, {
     file,
@@ -109,12 +112,39 @@ export function startNginx(url: string, file: string, edits: Edits, inside: stri
 export const nginx: Program = {
   name: "nginx",
   whyNot: whyNot("nginx"),
-  start(relayPort, edits = {}) {
+  start(relayPort, edits = {}, inside) {
     const address = `127.0.0.1:${freePort()}`;
     const site = { "listen 80;": `listen ${address};`, "127.0.0.1:3000;": `127.0.0.1:${relayPort};` };
-    return startNginx(`http://${address}`, "nginx.conf", { ...site, ...edits });
+    return startNginx(`http://${address}`, "nginx.conf", { ...site, ...edits }, inside);
   },
 };
+
+/** The relays of a cluster as they stand in nginx-relays.conf. */
+export const CLUSTER_IDS = ["4501", "4502", "4503"];
+
+/** What relays of one machine, named by their ports, have in common in their environment. */
+export const peersEnv = (ids: string[]) => ({ PEERS: ids.join(), PEER_ADDRESS: "127.0.0.1:{id}", HOST: "127.0.0.1" });
+
+/**
+ * Starts nginx in front of a cluster of at most three relays.
+ * @param ids their ports @param edits more replacements in nginx-cluster.conf @param inside as `startNginx` has it
+ */
+export async function startClusterNginx(ids: string[], edits: Edits = {}, inside?: string[]): Promise<Proxy> {
+  await using stack = new AsyncDisposableStack();
+  const file = join(stack.use(await temporaryDirectory("cluster")).path, "relays.conf");
+  const lines = (await read("nginx-relays.conf")).split("\n").flatMap((line) => {
+    const place = CLUSTER_IDS.findIndex((id) => line.includes(`server 127.0.0.1:${id}`));
+    if (place < 0) return [line];
+    const id = ids[place];
+    return id === undefined ? [] : [line.replace(CLUSTER_IDS[place] as string, id)];
+  });
+  await Bun.write(file, lines.join("\n"));
+  const address = `127.0.0.1:${freePort()}`;
+  const site = { "listen 80;": `listen ${address};`, "http {": `http { include ${file};` };
+  const proxy = stack.use(await startNginx(`http://${address}`, "nginx-cluster.conf", { ...site, ...edits }, inside));
+  const running = stack.move();
+  return { ...proxy, [Symbol.asyncDispose]: () => running.disposeAsync() };
+}
 
 export const caddy: Program = {
   name: "Caddy",
