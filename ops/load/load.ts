@@ -11,6 +11,8 @@
  *     bun run load --connect --rooms 1250                             what connecting costs; --idle: what being connected costs
  *     bun run load --flap 1000 --rooms 125                            so many members reconnect at once
  *     bun run load --cold                                             what the first second costs
+ *     bun run load --proxy nginx                                      what nginx costs: one relay directly, one behind it, and
+ *                                                                     a cluster of two (--relays) behind it, alternating
  *
  * `--help` lists the flags. Exit code: 0 all well; 1 a delivery was lost, doubled, out of order or astray, or the server
  * closed a socket or refused something; 2 the run could not be made.
@@ -21,7 +23,8 @@
  *
  * Its parts: `options.ts` what is asked for; `wire.ts` frames and headers; `traffic.ts` who sends what to whom and when;
  * `members.ts` their connections; `sender.ts`; `ledger.ts` what arrived; `target.ts` and `cpu-group.ts` the server and its share
- * of a core; `run.ts` one run; `compare.ts` several; `report.ts` and `progress.ts` the output.
+ * of a core; `run.ts` one run; `compare.ts` several; `report.ts`, `side-by-side.ts` and
+ * `progress.ts` the output.
  */
 import { readFlags } from "../shared/flags.ts";
 import { carry, coldStart, figuresOf, measure, median } from "./compare.ts";
@@ -29,6 +32,7 @@ import { Flags, type Scenario, SHARED_FLAGS, SHARED_HELP, type Target } from "./
 import { milliseconds, Progress } from "./progress.ts";
 import { comparison, describe, machine, notes, ratioOf, report, roomsText } from "./report.ts";
 import type { Result } from "./run.ts";
+import { sideBySide } from "./side-by-side.ts";
 import { pinned, pinTool } from "./target.ts";
 import { MAX_MEMBERS } from "./wire.ts";
 
@@ -38,6 +42,11 @@ const HELP = `bun run load [flags]
 ${SHARED_HELP}
   --game HOST/OTHERS   in place of --senders, --rate and --targeted: the host sends so many messages a second to all, each
                        of the others so many \`to\` it; 30/10 is a usual game
+
+behind a proxy
+  --proxy nginx        one relay, one behind nginx and a cluster behind nginx, side by side: CPU a delivery and latency. Give a
+                       --rate at which no core is full
+  --relays N           relays of that cluster, 2 or 3 [2]
 
 instead of traffic
   --connect            connect, create and join only
@@ -64,6 +73,8 @@ type Options = {
   cold: boolean;
   carryMs: number | undefined;
   json: boolean;
+  /** Whether what nginx costs is asked. */
+  proxy: boolean;
 };
 
 /** Reads the command line; ends the process if something is wrong with it. */
@@ -79,9 +90,12 @@ function readOptions(): Options {
     series: { type: "boolean" },
     cold: { type: "boolean" },
     carry: { type: "string" },
+    proxy: { type: "string" },
+    relays: { type: "string" },
   });
   const read = new Flags(USAGE);
   const { vs, game, connect, idle, flap, cpu, rival, series = false, cold = false, carry, json = false } = flags;
+  const { proxy, relays } = flags;
   /** Ends the process if flags are given that have no meaning beside another. */
   const excludes = (flag: string, ...others: (keyof typeof flags)[]) => {
     const other = others.find((each) => flags[each] !== undefined);
@@ -97,6 +111,10 @@ function readOptions(): Options {
   if (cpu !== undefined) excludes("cpu", "url");
   if (rival !== undefined) excludes("rival", "url");
 
+  if (proxy !== undefined) excludes("proxy", "url", "pid", "vs", "connect", "idle", "flap", "cpu", "rival", "cold", "carry");
+  if (proxy !== undefined) read.oneOf("proxy", proxy, ["nginx"]);
+  else if (relays !== undefined) read.fault("--relays belongs to --proxy");
+
   const scenario = read.scenario(flags, mode, { ...(cold && { warmup: "0" }), ...(carry !== undefined && { rooms: "1" }) });
   scenario.flap = flap === undefined ? 0 : read.count("flap", flap, 0);
   if (scenario.flap > scenario.rooms * scenario.clients) read.fault("--flap must be at most --rooms times --clients");
@@ -106,17 +124,18 @@ function readOptions(): Options {
   }
   if (cpu !== undefined) scenario.cpu = read.cpu(cpu);
   if (rival !== undefined) scenario.rival = rival === "all" ? [{ from: 0, to: scenario.seconds }] : read.spans("rival", rival);
-  const targets = read.targets(flags);
+  const targets =
+    proxy === undefined ? read.targets(flags) : read.behindNginx(flags, Number(read.oneOf("relays", relays ?? "2", ["2", "3"])));
   if (targets.some(({ url }) => url !== undefined) && (cpu !== undefined || rival !== undefined || cold))
     read.fault("--cpu, --rival and --cold need servers that this tool starts");
   if (rival !== undefined && !pinned(targets)) read.fault("--rival needs two cores and taskset");
   const carryMs = carry === undefined ? undefined : read.amount("carry", carry, 0);
-  const runs = read.runs(flags, vs !== undefined && carry === undefined ? 3 : 1);
-  return { scenario, targets, runs, series, cold, carryMs, json };
+  const runs = read.runs(flags, (vs !== undefined && carry === undefined) || proxy !== undefined ? 3 : 1);
+  return { scenario, targets, runs, series, cold, carryMs, json, proxy: proxy !== undefined };
 }
 
 /** Runs the scenario on one target or two and prints what was found; gives whether all runs were well. */
-async function runAndPrint({ targets, scenario, runs, series, cold, json }: Options): Promise<boolean> {
+async function runAndPrint({ targets, scenario, runs, series, cold, json, proxy }: Options): Promise<boolean> {
   const results = await measure(targets, scenario, runs, new Progress());
   const all = results.flat();
   if (json) {
@@ -135,7 +154,8 @@ async function runAndPrint({ targets, scenario, runs, series, cold, json }: Opti
   } else {
     console.log(`${machine(targets)}\n${describe(scenario)}`);
     for (const run of all) console.log(`\n${run.target}\n${report(run, scenario, { series, cold })}`);
-    if (all.length > 1) console.log(`\n${comparison(targets, results, scenario, cold)}`);
+    if (proxy) console.log(`\n${sideBySide(targets, results)}`);
+    else if (all.length > 1) console.log(`\n${comparison(targets, results, scenario, cold)}`);
   }
   return all.every(({ ok }) => ok);
 }

@@ -1,7 +1,5 @@
 /**
- * The members of the rooms: they connect, read, answer pings, and write what they are given.
- *
- * They have a WebSocket of their own, and not the raw sockets of the tests: a relay that fills its core makes over a million
+ * The members of the rooms: they connect, read, answer pings, and write what they are given. They have a WebSocket of their own, and not the raw sockets of the tests: a relay that fills its core makes over a million
  * deliveries a second, and one core has to take them all. So no frame is copied, no text decoded and no JSON parsed: of a
  * delivery only the header is looked at.
  */
@@ -10,6 +8,7 @@ import { handshake } from "../shared/sockets.ts";
 import type { Ledger } from "./ledger.ts";
 import type { Progress } from "./progress.ts";
 import type { Scenario } from "./options.ts";
+import type { Server } from "./target.ts";
 import { CLOSE, dataText, findHeader, HEADER, microsNow, PING, plainFrame, PONG, TEXT, textFrame } from "./wire.ts";
 
 const HANDSHAKE_END = Buffer.from("\r\n\r\n");
@@ -73,16 +72,20 @@ export class Members {
   readonly closed: Record<string, number> = {};
   /** Refusals and broken frames, the first few. */
   readonly errors: string[] = [];
+  /** How many rooms each relay has made, by its instance id. */
+  readonly roomsOf: Record<string, number> = {};
   /** Called after each read, with the room of whoever has read. */
   onRead: ((room: Room) => void) | undefined;
   readonly #url: URL;
+  readonly #wantsCode: boolean;
   readonly #ledger: Ledger;
   readonly #clients: number;
   readonly #headerInData: number;
   readonly #handlers;
 
-  constructor(url: URL, { rooms, idleRooms, clients, payload }: Scenario, ledger: Ledger) {
+  constructor({ url, wantsCode }: Server, { rooms, idleRooms, clients, payload }: Scenario, ledger: Ledger) {
     this.#url = url;
+    this.#wantsCode = wantsCode;
     this.#ledger = ledger;
     this.#clients = clients;
     this.#headerInData = dataText(payload, 0).indexOf(HEADER);
@@ -168,7 +171,8 @@ export class Members {
     socket.data.socket = socket;
     socket.setNoDelay(true);
     const { pathname, search, host } = this.#url;
-    socket.write(handshake(pathname + search, { Host: host }));
+    const path = this.#wantsCode ? `/${socket.data.room.code}` : pathname + search;
+    socket.write(handshake(path, { Host: host }));
   }
 
   /** Takes the answer to the handshake; gives what follows it, or undefined while it isn't complete. */
@@ -285,7 +289,11 @@ export class Members {
     const message = JSON.parse(text);
     if (message.type === "created" || message.type === "joined") {
       member.slot = message.index;
-      if (message.type === "created") member.room.code = message.room;
+      if (message.type === "created") {
+        const { room, instance = "" } = message;
+        member.room.code = room;
+        this.roomsOf[instance] = (this.roomsOf[instance] ?? 0) + 1;
+      }
       member.joined.resolve();
     } else if (message.type === "error") this.#fail(member, message.message);
   }

@@ -46,6 +46,8 @@ export type Target = {
   url?: string;
   command?: string;
   pid?: number;
+  /** So many relays are started by the command, and nginx before them; several as a cluster. */
+  behindNginx?: number;
 };
 
 export const SHARED_HELP = `which server
@@ -177,6 +179,16 @@ export class Flags {
     const first = url === undefined ? { name: server ?? "server.ts", command: server ?? SERVER } : running(url, "pid", pid);
     if (vs === undefined) return [first];
     return [first, /^(ws|http)s?:/.test(vs) ? running(vs, "vs-pid", vsPid) : { name: vs, command: vs }];
+  }
+
+  /** One relay directly, one behind nginx, and a cluster of so many behind nginx. */
+  behindNginx({ server }: SharedFlags, relays: number): Target[] {
+    const command = server ?? SERVER;
+    return [
+      { name: "1 relay", command },
+      { name: "1 relay behind nginx", command, behindNginx: 1 },
+      { name: `${relays} relays behind nginx`, command, behindNginx: relays },
+    ];
   }
 
   /** Runs of each server. @param usual how many, unless the flag says */

@@ -96,6 +96,10 @@ export function report(result: Result, scenario: Scenario, show: { series?: bool
         (isTraffic ? `, ${figure(result.serverCpuMicrosPerDelivery)} µs a delivery` : ""),
     ]);
   const coldly = show.cold ? coldStart(result) : undefined;
+  if (result.proxyCpuMicros !== null)
+    rows.push(["nginx CPU", `${figure(result.proxyCpuMicros / result.deliveries)} µs a delivery`]);
+  if (Object.keys(result.roomsOf).length > 1)
+    rows.push(["rooms on each relay", Object.values(result.roomsOf).map(thousands).join(" / ")]);
   if (coldly !== undefined)
     rows.push([
       "cold start",
@@ -181,7 +185,8 @@ export function notes(result: Result, { mode, rate, game, cpu, rival }: Scenario
   // With a quota or a rival the server has to wait.
   const { tool } = result.waited;
   const server = cpu === undefined && rival.length === 0 ? result.waited.server : 0;
-  if (Math.max(server, tool) > BUSY_MACHINE)
+  const sharesCores = result.proxyCpuMicros !== null; // nginx with a relay, and perhaps a relay with the tool
+  if (!sharesCores && Math.max(server, tool) > BUSY_MACHINE)
     found.push(
       `the machine is busy with something else: the server waited ${percent(server)} of the time for a core, ` +
         `the load tool ${percent(tool)}`,

@@ -25,6 +25,8 @@ export type Stretch = {
   serverCpuMicrosPerDelivery: number | null;
   /** Share of one core, 1 = all of it. */
   serverCpuCore: number | null;
+  /** Of nginx's worker processes together; `null` without nginx, too. */
+  proxyCpuMicros: number | null;
   /** `null` if it has no quota. */
   throttling: Throttling | null;
 };
@@ -48,6 +50,8 @@ export type Result = Stretch & {
   errors: string[];
   histogram: [upToMs: number, count: number][];
   series: Stretch[];
+  /** How many rooms each relay has, by its instance id. */
+  roomsOf: Record<string, number>;
   serverBytes: { atStart: number; connected: number; atEnd: number; perMember: number } | null;
   toolCpuCore: number;
   /** How late the tool itself sent. */
@@ -78,7 +82,7 @@ export class Run {
     this.#progress = progress;
     const traffic = new Traffic(scenario);
     this.#ledger = new Ledger(traffic, scenario.rooms * scenario.clients);
-    this.#members = new Members(server.url, scenario, this.#ledger);
+    this.#members = new Members(server, scenario, this.#ledger);
     this.#sender = new Sender(scenario, traffic, this.#members, this.#ledger);
   }
 
@@ -119,7 +123,7 @@ export class Run {
     const stretch = stretchBetween(before, after, latency);
     const share = (micros: number) => (lasts ? micros / 1e6 / stretch.seconds : 0);
     const { sent, delivered, doubled, outOfOrder, astray } = this.#ledger;
-    const { closed, errors } = this.#members;
+    const { closed, errors, roomsOf } = this.#members;
     const lost = this.#ledger.lost(this.#members.rooms.slice(0, this.#scenario.rooms));
     return {
       ...stretch,
@@ -137,6 +141,7 @@ export class Run {
       errors,
       histogram: latency.rows(),
       series,
+      roomsOf,
       serverBytes:
         atStart === undefined || connected === undefined || atEnd === undefined
           ? null
@@ -159,6 +164,7 @@ export class Run {
       sent: this.#ledger.sent,
       delivered: this.#ledger.delivered,
       serverCpu: this.#server.cpuMicros(),
+      proxyCpu: this.#server.proxyCpuMicros(),
       throttling: this.#server.throttling(),
       toolCpu: tool.user + tool.system,
       serverWaited: this.#server.waitedMicros(),
@@ -231,7 +237,11 @@ export class Run {
 function stretchBetween(before: Reading, after: Reading, latency: Histogram): Stretch {
   const seconds = (after.atMs - before.atMs) / 1000;
   const deliveries = after.delivered - before.delivered;
-  const cpu = before.serverCpu === undefined || after.serverCpu === undefined ? null : after.serverCpu - before.serverCpu;
+  const used = (what: "serverCpu" | "proxyCpu") => {
+    const [from, to] = [before[what], after[what]];
+    return from === undefined || to === undefined ? null : to - from;
+  };
+  const cpu = used("serverCpu");
   const [from, to] = [before.throttling, after.throttling];
   return {
     seconds,
@@ -247,6 +257,7 @@ function stretchBetween(before: Reading, after: Reading, latency: Histogram): St
     serverCpuMicros: cpu,
     serverCpuMicrosPerDelivery: cpu === null || deliveries === 0 ? null : cpu / deliveries,
     serverCpuCore: cpu === null ? null : cpu / 1e6 / seconds,
+    proxyCpuMicros: used("proxyCpu"),
     throttling:
       from === undefined || to === undefined
         ? null
