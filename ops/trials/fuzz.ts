@@ -12,7 +12,7 @@
 import type { Random } from "../shared/random.ts";
 import { clientFrame, handshake, RawSocket } from "../shared/sockets.ts";
 import { PATIENCE_MS } from "../shared/wait.ts";
-import { type Arena, main, trial, type Trial } from "./trial.ts";
+import { type Arena, main, trial, type Trial, type Where } from "./trial.ts";
 
 type Attack = (arena: Arena, raw: RawSocket) => Promise<void>;
 
@@ -378,9 +378,9 @@ const ENV = {
 };
 
 /** Attacks a relay for so long. @returns what it did wrong */
-export function fuzz(seconds: number, seed: number, log: Trial["log"], url?: string, server?: string): Promise<string[]> {
+export function fuzz(seconds: number, seed: number, log: Trial["log"], at: Where = {}): Promise<string[]> {
   return trial({
-    ...{ name: "fuzz", seconds, seed, log, url, server, env: ENV, workers: 16 },
+    ...{ name: "fuzz", seconds, seed, log, ...at, env: ENV, workers: 16 },
     async work(arena) {
       const { random, url, isOver, count, fault } = arena;
       while (!isOver()) {

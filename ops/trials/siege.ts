@@ -12,13 +12,14 @@
  * deliveries were lost, what the relay occupied before, at most and afterwards, and what came of the attack. Exit code: 0 if all is as the
  * relay promises, 1 if not, 2 if it could not be tried.
  *
- * The attacks are in `siege/attacks.ts`.
+ * The attacks are in `siege/attacks.ts`. `--json` prints a line of JSON for each attack in place of the table.
  */
 import { availableParallelism } from "node:os";
 import { resolve } from "node:path";
 import { badUsage, readFlags } from "../shared/flags.ts";
 import { Child, ROOT } from "../shared/processes.ts";
-import { PATIENCE_MS, until, within } from "../shared/wait.ts";
+import { PATIENCE_MS, until } from "../shared/wait.ts";
+import { Part } from "./part.ts";
 import { ATTACKS, type Attack, type Outcome } from "./siege/attacks.ts";
 import { type MemoryGroup, memoryGroup, memoryOf } from "./siege/memory.ts";
 import { MEMBERS as NEIGHBOURS, type Report } from "./siege/neighbour.ts";
@@ -34,44 +35,17 @@ const PLAY_MS = 1_000; // for which the neighbour plays on afterwards
 const WAIT_MS = 40_000; // for what a standstill holds up
 const KILLED = 128 + 9;
 
-type Row = {
+/** What one attack did; with `--json` a line each. */
+export type Row = {
   name: string;
+  /** What the neighbour saw while it went on, and afterwards. */
   report: Report | undefined;
+  later: Report | undefined;
   /** The relay's resident memory in bytes; undefined if somebody else has started it. */
   memory: { before: number; peak: number; after: number } | undefined;
   text: string;
   held: boolean;
 };
-
-/** A process that is told something in a line, and answers in one. */
-class Part extends Child {
-  #taken = 0;
-  #isOver = false;
-
-  constructor(command: string[]) {
-    super(command);
-    void this.exited.then(() => (this.#isOver = true));
-  }
-
-  /** The next line that it prints. @throws if it ends before, or `ms` pass */
-  async next(ms: number): Promise<string> {
-    const index = this.#taken++;
-    const look = async (): Promise<string> => {
-      for (; this.lines.length <= index; await Bun.sleep(5)) if (this.#isOver) throw new Error("it ended before it answered");
-      return this.lines[index] as string;
-    };
-    return within(look(), "its answer", ms);
-  }
-
-  /** @throws as `next` does, and if the answer is what a crash prints */
-  async ask<T>(line: string, ms: number): Promise<T> {
-    this.type(`${line}\n`);
-    const answer = await this.next(ms);
-    if (answer.startsWith("{")) return JSON.parse(answer) as T;
-    await Bun.sleep(100); // for the rest of what it prints
-    throw new Error(this.lines.slice(this.#taken - 1).join(" "));
-  }
-}
 
 const cores = Bun.which("taskset") === null ? 1 : availableParallelism();
 const onCores = (list: string): string[] => (cores > 1 ? ["taskset", "-c", list] : []);
@@ -146,7 +120,7 @@ async function siege(name: string, attack: Attack, options: Options): Promise<Ro
   ];
   const held = outcome.held && lives && isBack && unhurt(report) && unhurt(later) && (report?.worstMs ?? NaN) <= WORST_MS;
   const memory = relay && { before, peak, after };
-  return { name, report, memory, text: words.filter(Boolean).join("; "), held };
+  return { name, report, later, memory, text: words.filter(Boolean).join("; "), held };
 }
 
 /** Lets the attackers get into place, and then begin. */
@@ -179,7 +153,7 @@ function table(rows: Row[]): string {
   return `${lines.join("\n")}\n\nown: how late the neighbour's own timer was at worst; ✗: not as promised`;
 }
 
-const USAGE = `bun run siege [--attack NAME,…] [--seconds N] [--server PATH | --url http://…]
+const USAGE = `bun run siege [--attack NAME,…] [--seconds N] [--server PATH | --url http://…] [--json]
 attacks:
 ${Object.entries(ATTACKS)
   .map(([name, { about }]) => `  ${name.padEnd(14)}${about}`)
@@ -187,7 +161,7 @@ ${Object.entries(ATTACKS)
 
 async function main(): Promise<void> {
   const string = { type: "string" } as const;
-  const values = readFlags(USAGE, { attack: string, seconds: string, server: string, url: string });
+  const values = readFlags(USAGE, { attack: string, seconds: string, server: string, url: string, json: { type: "boolean" } });
   const names = values.attack?.split(",") ?? Object.keys(ATTACKS);
   const unknown = names.find((name) => !Object.hasOwn(ATTACKS, name));
   if (unknown !== undefined) badUsage(USAGE, `there is no attack ${unknown}`);
@@ -202,10 +176,12 @@ async function main(): Promise<void> {
     const row = await siege(name, ATTACKS[name] as Attack, options).catch(({ message }: Error) => {
       untried.push(`${name} wasn't tried: ${message}`);
     });
+    if (row && values.json) console.log(JSON.stringify(row));
     if (row) rows.push(row);
   }
-  console.log([...(rows.length > 0 ? [table(rows)] : []), ...untried].join("\n"));
+  if (!values.json) console.log([...(rows.length > 0 ? [table(rows)] : []), ...untried].join("\n"));
+  else if (untried.length > 0) console.error(untried.join("\n"));
   process.exit(untried.length > 0 ? 2 : rows.every(({ held }) => held) ? 0 : 1);
 }
 
-await main();
+if (import.meta.main) await main();

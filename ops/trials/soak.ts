@@ -9,7 +9,13 @@
 import type { ClientMessage } from "../../server.ts";
 import { Client, type Frame } from "../shared/client.ts";
 import { within } from "../shared/wait.ts";
-import { type Arena, main, trial, type Trial } from "./trial.ts";
+import { type Arena, main, trial, type Trial, type Where } from "./trial.ts";
+
+const FULL_CODE = 1013;
+const FULL_MS = 1_000;
+
+/** The relay had no place for a newcomer, which it says with 1013: who comes while others attack it tries again later. */
+class Full extends Error {}
 
 /** Somebody at a party. The clientId and the index stay, sockets come and go. */
 class Player {
@@ -52,7 +58,8 @@ class Player {
     const { promise, resolve } = Promise.withResolvers<Frame>();
     this.#wanted = { type, resolve };
     this.client.send(message);
-    return within(promise, type);
+    const full = this.client.closed.then(({ code }) => (code === FULL_CODE ? Promise.reject(new Full()) : promise));
+    return within(Promise.race([promise, full]), type);
   }
 
   say(): void {
@@ -197,14 +204,18 @@ async function party(arena: Arena, players: Player[]): Promise<void> {
 }
 
 /** Holds parties at a relay for so long. @returns what went wrong */
-export function soak(seconds: number, seed: number, log: Trial["log"], url?: string, server?: string): Promise<string[]> {
+export function soak(seconds: number, seed: number, log: Trial["log"], at: Where = {}): Promise<string[]> {
   return trial({
-    ...{ name: "soak", seconds, seed, log, url, server, workers: 10 },
+    ...{ name: "soak", seconds, seed, log, ...at, workers: 10 },
     async work(arena) {
       while (!arena.isOver()) {
         const players: Player[] = [];
         try {
           await party(arena, players);
+        } catch (error) {
+          if (!(error instanceof Full && at.shared)) throw error;
+          arena.count("full");
+          await Bun.sleep(FULL_MS);
         } finally {
           for (const { client } of players) client.terminate();
         }

@@ -1,7 +1,7 @@
 /**
  * A trial of a relay: workers do to it what the fuzzer or the soak makes up, while bystanders play in rooms of their own. It
  * is passed if, at the end, the relay lives, the bystanders' messages all arrived in order, no room, member or socket is left,
- * and memory is where it was after the warm-up. The same seed makes the same choices; only their timing differs.
+ * and memory is where it was after the warm-up; on a relay that others use, too (`--shared`), only the first two. The same seed makes the same choices; only their timing differs.
  */
 import { existsSync, readdirSync, readlinkSync } from "node:fs";
 import { Client } from "../shared/client.ts";
@@ -136,6 +136,8 @@ export type Trial = {
   seed: number;
   /** The relay; one of its own if absent. */
   url?: string | undefined;
+  /** Others use that relay, too: what is left there at the end, and its memory, say nothing about this trial. */
+  shared?: boolean | undefined;
   /** The environment of its own relay. */
   env?: Record<string, string>;
   /** Another server.ts than this one. */
@@ -147,6 +149,9 @@ export type Trial = {
   log(line: string): void;
 };
 
+/** The relay that a trial is put through. */
+export type Where = Pick<Trial, "url" | "server" | "shared">;
+
 /** Runs a trial. @returns what the relay did wrong, a line each; none if it passed */
 export async function trial({ url, env = {}, server, ...settings }: Trial): Promise<string[]> {
   if (url !== undefined) return attend(url, undefined, settings);
@@ -155,11 +160,12 @@ export async function trial({ url, env = {}, server, ...settings }: Trial): Prom
 }
 
 async function attend(url: string, child: RelayProcess | undefined, settings: Trial): Promise<string[]> {
-  const { name, seconds, seed, workers, log } = settings;
+  const { name, seconds, seed, workers, log, shared = false } = settings;
   const faults = new Set<string>();
   const socketsBefore = child === undefined ? 0 : openSockets(child.pid);
   const before = await vitals(url);
   const bystanders = await Bystanders.start(url);
+  log(`${name} seed=${seed} begins`);
   const begun = performance.now();
   const counts = new Map<string, number>();
   let rss = before.rssBytes;
@@ -204,16 +210,16 @@ async function attend(url: string, child: RelayProcess | undefined, settings: Tr
 
   try {
     await act(0, Math.max(WARM_UP_LEAST, seconds * WARM_UP_SHARE));
-    await settles(alone);
+    if (!shared) await settles(alone);
     const rssWarm = rss;
     await act(1, seconds);
-    if (!(await settles(alone))) faults.add("rooms or members of those who went are left");
-    if (!(await settles((now) => now.rssBytes <= rssWarm + SLACK_BYTES)))
+    if (!shared && !(await settles(alone))) faults.add("rooms or members of those who went are left");
+    if (!shared && !(await settles((now) => now.rssBytes <= rssWarm + SLACK_BYTES)))
       faults.add(`memory grew from ${mebi(rssWarm)} to ${mebi(rss)} MiB`);
     await bystanders.finish();
     const empty = `rooms: ${before.rooms}\nclients: ${before.clients}\n`;
     const isEmpty = (now: Vitals) => now.rooms === before.rooms && now.clients === before.clients;
-    if (!(await settles((now) => isEmpty(now) && (now.text === empty || child === undefined))))
+    if (!shared && !(await settles((now) => isEmpty(now) && (now.text === empty || child === undefined))))
       faults.add(`not empty at the end: ${JSON.stringify(await vitals(url))}`);
     const { internalErrors } = await vitals(url);
     if (internalErrors !== before.internalErrors) faults.add(`${internalErrors - before.internalErrors} exceptions in the relay`);
@@ -269,17 +275,18 @@ function mebi(bytes: number): string {
 
 /** Runs a trial from the command line, and ends the process with 1 if the relay failed. */
 export async function main(
-  run: (seconds: number, seed: number, log: Trial["log"], url?: string) => Promise<string[]>,
+  run: (seconds: number, seed: number, log: Trial["log"], at: Where) => Promise<string[]>,
 ): Promise<void> {
-  const usage = "bun run ops/trials/fuzz.ts|ops/trials/soak.ts [--seconds 60] [--seed N] [--url http://…]";
-  const values = readFlags(usage, { seconds: { type: "string" }, seed: { type: "string" }, url: { type: "string" } });
+  const usage = "bun run ops/trials/fuzz.ts|ops/trials/soak.ts [--seconds 60] [--seed N] [--url http://… [--shared]]";
+  const string = { type: "string" } as const;
+  const values = readFlags(usage, { seconds: string, seed: string, url: string, shared: { type: "boolean" } });
   const seconds = Number(values.seconds ?? 60);
   const seed = Number(values.seed ?? crypto.getRandomValues(new Uint16Array(1))[0]);
   if (!(seconds > 0) || !Number.isSafeInteger(seed)) badUsage(usage, "--seconds must be a positive number, --seed a whole one");
   if (values.url !== undefined)
     await vitals(values.url).catch((error: Error) => badUsage(usage, `${values.url} doesn't answer: ${error.message}`));
   console.log(`seed ${seed}`);
-  const faults = await run(seconds, seed, console.log, values.url);
+  const faults = await run(seconds, seed, console.log, { url: values.url, shared: values.shared });
   for (const fault of faults) console.error(`FAULT ${fault}`);
   console.log(faults.length === 0 ? "passed" : `failed: ${faults.length} faults; seed ${seed}`);
   process.exit(faults.length === 0 ? 0 : 1);
