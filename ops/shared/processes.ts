@@ -13,17 +13,19 @@ export type ChildOptions = {
   env?: Record<string, string | undefined>;
   /** Where it runs; `ROOT` if absent. */
   cwd?: string;
+  /** What it gets if this process ends first; SIGKILL if absent, of which its own children don't hear. */
+  endWith?: NodeJS.Signals;
   /** Takes each line as it is printed. */
   onLine?(line: string): void;
 };
 
-const running = new Set<Bun.Subprocess>();
-process.on("exit", () => running.forEach((child) => child.kill("SIGKILL")));
+const running = new Map<Bun.Subprocess, NodeJS.Signals>();
+process.on("exit", () => running.forEach((signal, child) => child.kill(signal)));
 
-function spawn(command: string[], { env = {}, cwd = ROOT }: ChildOptions) {
+function spawn(command: string[], { env = {}, cwd = ROOT, endWith = "SIGKILL" }: ChildOptions) {
   const { PATH, HOME } = process.env;
   const child = Bun.spawn(command, { cwd, env: { PATH, HOME, ...env }, stdio: ["pipe", "pipe", "pipe"] });
-  running.add(child);
+  running.set(child, endWith);
   void child.exited.then(() => running.delete(child));
   return child;
 }

@@ -70,7 +70,7 @@ async function start(url: string, { file, edits, whole = (site) => site, command
   const conf = join(directory, file);
   let text = edit(whole(await read(file), directory), edits);
   await Bun.write(conf, text);
-  const child = new Child(command(conf), { env: { HOME: directory } });
+  const child = new Child(command(conf), { env: { HOME: directory }, endWith: "SIGTERM" });
   stack.defer(async () => void (await child.stop())); // by a signal that its workers hear of, unlike SIGKILL
   await child.line(taken);
   await heedsSignals(child);

@@ -1,0 +1,241 @@
+/** Looks at the relay once a second, and at what a real Prometheus makes of it with the alert rules. */
+import { join } from "node:path";
+import { temporaryDirectory } from "../../shared/directory.ts";
+import { parseMetrics, type Sample } from "../../shared/metrics.ts";
+import { Child, freePort, ROOT } from "../../shared/processes.ts";
+import { until } from "../../shared/wait.ts";
+
+const LOOK_MS = 1_000;
+const LATE_MS = 5_000; // for one look
+const ALERTS_MS = 5_000;
+const SCRAPE = "15s";
+const LAG_SECONDS = 0.1; // as in alerts.yml, and so the next
+const MEMORY_BYTES = 0.8 * 256 * 1024 * 1024;
+
+/** What one life of the relay was like, from its start to its end. */
+export type Life = {
+  name: string;
+  seconds: number;
+  rssMax: number;
+  lagMax: number;
+  deliveries: number;
+  cut: number;
+  refused: number;
+};
+
+/** Counters, summed over all lives. */
+type Totals = { slow: number; refused: number; internal: number; errors: number; framesIn: number };
+type Look = Totals & { at: number; up: boolean; lag: number; rss: number; clients: number };
+
+const NOTHING: Totals = { slow: 0, refused: 0, internal: 0, errors: 0, framesIn: 0 };
+
+/** How long the condition of an alert held at most, as far as this process could see. */
+type Judgement = { alert: string; needsSeconds: number; heldSeconds: number };
+
+export class Watch implements Disposable {
+  readonly lives: Life[] = [];
+  readonly #looks: Look[] = [];
+  readonly #url: string;
+  #before = NOTHING;
+  #now = NOTHING;
+  #isLooking = false;
+  readonly #timer: Timer;
+
+  constructor(url: string) {
+    this.#url = url;
+    this.#timer = setInterval(() => void this.look(), LOOK_MS);
+  }
+
+  /** A relay has been started. */
+  begin(name: string): void {
+    this.#before = this.#totals;
+    this.#now = NOTHING;
+    this.lives.push({ name, seconds: 0, rssMax: 0, lagMax: 0, deliveries: 0, cut: 0, refused: 0 });
+  }
+
+  /** The present life, or the last one. */
+  get life(): Life {
+    return this.lives.at(-1) as Life;
+  }
+
+  /** Exceptions in the relay, in all lives. */
+  get internalErrors(): number {
+    return this.#totals.internal;
+  }
+
+  get last(): Look | undefined {
+    return this.#looks.at(-1);
+  }
+
+  /** Looks now, if no look is under way. */
+  async look(): Promise<void> {
+    if (this.#isLooking) return;
+    this.#isLooking = true;
+    const at = performance.now() / 1000;
+    const { life } = this;
+    try {
+      const answer = await fetch(`${this.#url}/metrics`, { keepalive: false, signal: AbortSignal.timeout(LATE_MS) });
+      const samples = parseMetrics(await answer.text());
+      if (life === this.life) this.#take(samples, at, life);
+    } catch {
+      this.#looks.push({ ...this.#totals, at, up: false, lag: 0, rss: 0, clients: 0 });
+    }
+    this.#isLooking = false;
+  }
+
+  #take(samples: Sample[], at: number, life: Life): void {
+    const value = (name: string, labels: Record<string, string> = {}): number =>
+      samples
+        .filter((sample) => sample.name === name && Object.entries(labels).every(([key, text]) => sample.labels[key] === text))
+        .reduce((sum, each) => sum + each.value, 0);
+    const errors = (code?: string) => value("party_sockets_errors_total", code === undefined ? {} : { code });
+    const slow = value("party_sockets_disconnects_total", { reason: "slow" });
+    const framesIn = value("party_sockets_messages_total", { direction: "in" });
+    this.#now = { slow, refused: errors("capacity"), internal: errors("internal"), errors: errors(), framesIn };
+    const [lag, rss] = [value("party_sockets_event_loop_lag_seconds"), value("process_resident_memory_bytes")];
+    this.#looks.push({ ...this.#totals, at, up: true, lag, rss, clients: value("party_sockets_clients") });
+    life.seconds = value("process_uptime_seconds");
+    life.rssMax = Math.max(life.rssMax, rss);
+    life.lagMax = Math.max(life.lagMax, lag);
+    life.deliveries = value("party_sockets_messages_total", { direction: "out" });
+    life.cut = slow;
+    life.refused = this.#now.refused;
+  }
+
+  get #totals(): Totals {
+    const sum = (key: keyof Totals) => this.#before[key] + this.#now[key];
+    return {
+      ...{ slow: sum("slow"), refused: sum("refused"), internal: sum("internal") },
+      errors: sum("errors"),
+      framesIn: sum("framesIn"),
+    };
+  }
+
+  /** Which alerts have a reason to fire, by these looks and not by Prometheus' own. */
+  judge(): Judgement[] {
+    const within = (minutes: number, i: number): Look => {
+      const end = this.#looks[i] as Look;
+      return this.#looks.find(({ at }) => at >= end.at - 60 * minutes) as Look;
+    };
+    const clientsMax = (i: number) =>
+      this.#looks.reduce(
+        (most, { at, clients }) =>
+          at > (this.#looks[i] as Look).at - 300 && at <= (this.#looks[i] as Look).at ? Math.max(most, clients) : most,
+        0,
+      );
+    const cases: [string, number, (look: Look, i: number) => boolean][] = [
+      ["PartySocketsDown", 120, ({ up }) => !up],
+      ["PartySocketsLagging", 300, ({ up, lag }) => up && lag > LAG_SECONDS],
+      ["PartySocketsMemory", 300, ({ up, rss }) => up && rss > MEMORY_BYTES],
+      [
+        "PartySocketsFailing",
+        0,
+        ({ refused, internal }, i) => refused + internal > within(10, i).refused + within(10, i).internal,
+      ],
+      [
+        "PartySocketsErrorBurst",
+        300,
+        ({ errors, framesIn }, i) => {
+          const from = within(5, i);
+          return errors - from.errors > 300 && errors - from.errors > 0.05 * (framesIn - from.framesIn);
+        },
+      ],
+      ["PartySocketsSlowMembers", 0, ({ slow }, i) => slow - within(5, i).slow > Math.max(5, 0.05 * clientsMax(i))],
+    ];
+    return cases.map(([alert, needsSeconds, holds]) => {
+      let [longest, since]: [number, number | undefined] = [-1, undefined];
+      for (const [i, look] of this.#looks.entries()) {
+        since = holds(look, i) ? (since ?? look.at) : undefined;
+        if (since !== undefined) longest = Math.max(longest, look.at - since);
+      }
+      return { alert, needsSeconds, heldSeconds: longest };
+    });
+  }
+
+  [Symbol.dispose](): void {
+    clearInterval(this.#timer);
+  }
+}
+
+/** One alert for one set of labels: when it was pending, and when it fired, in seconds of this run. */
+export type Alert = { name: string; what: string; pendingAt: number; firedAt: number | undefined; overAt: number | undefined };
+
+/** A Prometheus that scrapes the relay, with the alert rules as they are; and what its alerts did. */
+export class Alerts implements AsyncDisposable {
+  readonly all: Alert[] = [];
+  readonly process: Child;
+  readonly #address: string;
+  readonly #stack: AsyncDisposableStack;
+  readonly #begun: number;
+  #timer: Timer | undefined;
+
+  private constructor(process: Child, address: string, begun: number, stack: AsyncDisposableStack) {
+    this.process = process;
+    this.#address = address;
+    this.#begun = begun;
+    this.#stack = stack;
+  }
+
+  /** Starts it; resolves when it has scraped the relay. @param begun when the run began */
+  static async start(relayUrl: string, begun: number): Promise<Alerts> {
+    await using stack = new AsyncDisposableStack();
+    const { path: directory } = stack.use(await temporaryDirectory("everything"));
+    const config = {
+      global: { scrape_interval: SCRAPE, evaluation_interval: SCRAPE },
+      rule_files: [join(ROOT, "ops/alerts.yml")],
+      scrape_configs: [{ job_name: "party-sockets", static_configs: [{ targets: [new URL(relayUrl).host] }] }],
+    };
+    await Bun.write(join(directory, "prometheus.yml"), JSON.stringify(config));
+    const address = `127.0.0.1:${freePort()}`;
+    const files = [`--config.file=${directory}/prometheus.yml`, `--storage.tsdb.path=${directory}/data`];
+    const child = stack.use(new Child(["prometheus", ...files, `--web.listen-address=${address}`, "--log.level=error"]));
+    const alerts = new Alerts(child, address, begun, stack.move());
+    try {
+      const isUp = async () => (await alerts.#ask("query?query=up").catch(() => undefined))?.result?.[0]?.value[1] === "1";
+      await until("Prometheus' first scrape", isUp, 40_000);
+    } catch (error) {
+      await alerts[Symbol.asyncDispose]();
+      throw error;
+    }
+    alerts.#timer = setInterval(() => void alerts.look().catch(() => {}), ALERTS_MS);
+    return alerts;
+  }
+
+  /** Asks what is pending and what fires. @throws if it doesn't answer */
+  async look(): Promise<void> {
+    const { alerts } = await this.#ask("alerts");
+    const now = (performance.now() - this.#begun) / 1000;
+    const active = (alerts as { labels: Record<string, string>; state: string }[]).map(({ labels, state }) => {
+      const { alertname = "", code } = labels;
+      return { name: alertname, what: code ?? "", fires: state === "firing" };
+    });
+    const isOf = (alert: Alert) => (each: { name: string; what: string }) => each.name === alert.name && each.what === alert.what;
+    for (const alert of this.all) if (alert.overAt === undefined && !active.some(isOf(alert))) alert.overAt = now;
+    for (const { name, what, fires } of active) {
+      let alert = this.all.find((each) => each.overAt === undefined && each.name === name && each.what === what);
+      if (alert === undefined) this.all.push((alert = { name, what, pendingAt: now, firedAt: undefined, overAt: undefined }));
+      if (fires) alert.firedAt ??= now;
+    }
+  }
+
+  /** What is active now, for the progress line. */
+  get active(): string {
+    const now = this.all.filter(({ overAt }) => overAt === undefined);
+    return (
+      now.map(({ name, firedAt }) => `${name.replace("PartySockets", "")}${firedAt === undefined ? "?" : "!"}`).join(",") ||
+      "none"
+    );
+  }
+
+  async #ask(path: string): Promise<any> {
+    const answer = await fetch(`http://${this.#address}/api/v1/${path}`, { signal: AbortSignal.timeout(LATE_MS) });
+    const { status, data, error } = (await answer.json()) as { status: string; data: unknown; error?: string };
+    if (status !== "success") throw new Error(error);
+    return data;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    clearInterval(this.#timer);
+    await this.#stack.disposeAsync();
+  }
+}
