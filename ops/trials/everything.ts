@@ -7,6 +7,8 @@
  *     --minutes N   how long the phases are together [30]
  *     --restarts N  restarts with a drain; one kill comes on top [3]
  *     --parties N   ordinary parties of four, whose members reconnect as clients do [10]
+ *     --drain N     DRAIN_SECONDS of the relay [8]
+ *     --server PATH another server.ts, to see what this finds
  *     --seed N      the order of the attacks, and the choices of fuzz and soak
  *
  * The relay has core 0, all else core 1. Attackers and fuzz reach it directly, as if they were other addresses behind the same
@@ -14,15 +16,19 @@
  * the sieges' neighbour felt, which alerts fired and had a reason to, and the faults. Milliseconds are no fault: all who attack
  * and all who measure share a core. Exit code: 0; 1 with faults; 2 if it couldn't be tried.
  *
- * Its parts: `everything/parties.ts` the ordinary parties, `everything/watch.ts` what is seen of the relay and of the alerts.
+ * Its parts: `everything/parties.ts` the ordinary parties, `everything/watch.ts` what is seen of the relay and of the alerts,
+ * `everything/report.ts` the output.
  */
 import { availableParallelism } from "node:os";
+import { resolve } from "node:path";
+import { Client } from "../shared/client.ts";
 import { badUsage, readFlags } from "../shared/flags.ts";
 import { Child, freePort, ROOT } from "../shared/processes.ts";
 import { nginx } from "../shared/proxies.ts";
 import { Random } from "../shared/random.ts";
-import { PATIENCE_MS, TooLate, within } from "../shared/wait.ts";
+import { PATIENCE_MS, type TooLate, until, within } from "../shared/wait.ts";
 import type { Report } from "./everything/parties.ts";
+import { judge, mebi, ms, report } from "./everything/report.ts";
 import { Alerts, Watch } from "./everything/watch.ts";
 import { Part } from "./part.ts";
 import { ATTACKS } from "./siege/attacks.ts";
@@ -31,21 +37,31 @@ import type { Row } from "./siege.ts";
 const PROGRESS_MS = 15_000;
 const BEGIN_MS = 30_000;
 const EXTRA_MS = 90_000; // what a trial may need beyond its seconds: its setting up, and what is late
-const DRAIN_SECONDS = 8;
+const FULL_MS = 30_000; // in which memory has to have fallen
 const WHOLE_MS = 90_000;
 const WARM_UP = 1.25; // a trial's warm-up is a fourth of its time, and comes on top
 const MEMORY_BYTES = 256 * 1024 * 1024; // what a machine of 512 MB is given by default
 const EXIT_OF_KILL = 128 + 9;
 
-const USAGE = "bun run ops/trials/everything.ts [--minutes 30] [--restarts 3] [--parties 10] [--seed N]";
+const USAGE =
+  "bun run ops/trials/everything.ts [--minutes 30] [--restarts 3] [--parties 10] [--drain 8] [--server PATH] [--seed N]";
 const string = { type: "string" } as const;
-const values = readFlags(USAGE, { minutes: string, restarts: string, parties: string, seed: string });
+const values = readFlags(USAGE, {
+  minutes: string,
+  restarts: string,
+  parties: string,
+  seed: string,
+  drain: string,
+  server: string,
+});
 const minutes = Number(values.minutes ?? 30);
 const restarts = Number(values.restarts ?? 3);
 const parties = Number(values.parties ?? 10);
+const drainSeconds = Number(values.drain ?? 8);
+const server = resolve(values.server ?? `${ROOT}/server.ts`);
 const seed = Number(values.seed ?? crypto.getRandomValues(new Uint16Array(1))[0]);
 if (!(minutes > 0 && minutes <= 600)) badUsage(USAGE, "--minutes must be a number up to 600");
-for (const [name, value] of Object.entries({ restarts, parties, seed }))
+for (const [name, value] of Object.entries({ restarts, parties, drain: drainSeconds, seed }))
   if (!Number.isSafeInteger(value) || value < 0) badUsage(USAGE, `--${name} must be a whole number`);
 const missing = nginx.whyNot || (Bun.which("prometheus") === null ? "no prometheus on this machine" : "");
 if (missing !== "") badUsage(USAGE, `it can't be tried: ${missing}`);
@@ -65,8 +81,6 @@ const fault = (text: string) => {
   faults.push(`${now()} s: ${text}`);
   say(`FAULT ${text}`);
 };
-const mebi = (bytes: number) => (bytes / 1024 / 1024).toFixed(0);
-const ms = (value: number | null | undefined) => (value == null ? "?" : value.toFixed(0));
 const script = (path: string, ...args: string[]) => [process.execPath, "run", `${import.meta.dir}/${path}`, ...args];
 
 /** The relay's port, which it has in each of its lives. */
@@ -78,10 +92,10 @@ const watch = stack.use(new Watch(relayUrl));
 
 async function startRelay(): Promise<void> {
   const env = {
-    ...{ PORT: `${port}`, HOST: "127.0.0.1", ADDRESS_HEADER: "X-Forwarded-For", DRAIN_SECONDS: `${DRAIN_SECONDS}` },
+    ...{ PORT: `${port}`, HOST: "127.0.0.1", ADDRESS_HEADER: "X-Forwarded-For", DRAIN_SECONDS: `${drainSeconds}` },
     ...{ MAX_MEMORY_BYTES: `${MEMORY_BYTES}`, IDLE_EXIT_SECONDS: "60" }, // it outlives this process by so long if that is killed
   };
-  const child = new Child([...onRelayCore, process.execPath, "run", `${ROOT}/server.ts`], { env });
+  const child = new Child([...onRelayCore, process.execPath, "run", server], { env });
   stack.use(child);
   relay = child;
   watch.begin(`life ${watch.lives.length + 1}`);
@@ -101,6 +115,21 @@ async function endRelay(how: string, signal: "SIGTERM" | "SIGKILL", patienceMs: 
   say(endings.at(-1) as string);
   if (code !== (signal === "SIGKILL" ? EXIT_OF_KILL : 0)) fault(`${how}: exit ${code}; ${child.lines.slice(-3).join(" | ")}`);
   for (const line of child.lines) if (line.includes(" exception ")) fault(`the relay's log: ${line}`);
+}
+
+/** Waits until the relay takes newcomers again: whoever comes while memory falls is told to come later. */
+async function welcomes(): Promise<void> {
+  const since = performance.now();
+  const isWelcome = async () => {
+    const client = await Client.open(relayUrl, { "X-Forwarded-For": "198.51.100.1" }).catch(() => undefined);
+    if (client === undefined) return false;
+    const answer = await within(client.ask({ type: "ping" }), "a pong").catch(() => undefined);
+    client.terminate();
+    return answer?.type === "pong";
+  };
+  await until("newcomers to be welcome", isWelcome, FULL_MS).catch((error: Error) => fault(error.message));
+  const took = performance.now() - since;
+  if (took > 1_000) say(`newcomers were welcome again after ${ms(took)} ms`);
 }
 
 /** A trial that goes on beside the others. */
@@ -133,6 +162,7 @@ async function attack(most: number): Promise<void> {
   const name = (attackNow = queue.pop() as string);
   const seconds = Math.min(ATTACKS[name]?.seconds ?? most, most);
   const flags = ["--attack", name, "--url", relayUrl, "--seconds", String(seconds), "--json"];
+  await welcomes();
   await using child = new Child(script("siege.ts", ...flags));
   const code = await within(child.exited, `the end of ${name}`, seconds * 1000 + 2 * EXTRA_MS).catch(
     (error: TooLate) => error.message,
@@ -150,6 +180,7 @@ async function attack(most: number): Promise<void> {
 /** So long everybody plays, attacks and looks. */
 async function phase(seconds: number, proxyUrl: string): Promise<void> {
   const end = performance.now() + seconds * 1000;
+  await welcomes();
   const trialSeconds = Math.max(1, seconds / WARM_UP - 4);
   const [soak, fuzz] = await Promise.all([
     startTrial("soak", proxyUrl, trialSeconds),
@@ -192,9 +223,10 @@ async function main(): Promise<void> {
   const seconds = (minutes * 60) / (ends.length + 1);
   for (const how of ends) {
     await phase(seconds, proxy.url);
+    await welcomes();
     const heckler = await startTrial("fuzz", relayUrl, 60); // what it finds says nothing: its bystanders go with the relay
     await ask("may-end");
-    await (how === "kill" ? endRelay(how, "SIGKILL", PATIENCE_MS) : endRelay(how, "SIGTERM", DRAIN_SECONDS * 1000 + PATIENCE_MS));
+    await (how === "kill" ? endRelay(how, "SIGKILL", PATIENCE_MS) : endRelay(how, "SIGTERM", drainSeconds * 1000 + PATIENCE_MS));
     await heckler[Symbol.asyncDispose]();
     await startRelay();
     await ask("whole");
@@ -202,7 +234,7 @@ async function main(): Promise<void> {
   await phase(seconds, proxy.url);
   const last = await ask("finish");
   clearInterval(progress);
-  await endRelay("the end", "SIGTERM", DRAIN_SECONDS * 1000 + PATIENCE_MS);
+  await endRelay("the end", "SIGTERM", drainSeconds * 1000 + PATIENCE_MS);
   await alerts.look();
 
   if (proxy.process.exitCode !== null) fault("nginx has ended");
@@ -210,73 +242,10 @@ async function main(): Promise<void> {
   for (const text of last.faults) fault(`ordinary parties: ${text}`);
   if (last.lost > 0) fault(`ordinary parties: ${last.lost} deliveries were lost`);
   if (watch.internalErrors > 0) fault(`${watch.internalErrors} exceptions in the relay`);
-  console.log(`\n${report(last, alerts, judgeAlerts(alerts))}`);
-}
-
-/** Sees whether alerts did what they should. A line each. */
-function judgeAlerts(alerts: Alerts): string[] {
-  return watch.judge().map(({ alert, needsSeconds, heldSeconds }) => {
-    const active = alerts.all.filter(({ name }) => name === alert);
-    const fired = active.filter(({ firedAt }) => firedAt !== undefined);
-    const held =
-      heldSeconds < 0
-        ? "its condition never held"
-        : `its condition held for at most ${heldSeconds.toFixed(0)} s of ${needsSeconds}`;
-    const times = active.map(({ what, pendingAt, firedAt, overAt }) => {
-      const name = what === "" ? "" : `${what} `;
-      const fires = firedAt === undefined ? "never fired" : `fired ${firedAt.toFixed(0)} s`;
-      return `${name}pending ${pendingAt.toFixed(0)} s, ${fires}, ${overAt === undefined ? "still active" : `over ${overAt.toFixed(0)} s`}`;
-    });
-    // Prometheus looks every 15 s, and may miss what was short, or take it for longer.
-    if (fired.length > 0 && heldSeconds < needsSeconds * 0.8 - 15) fault(`${alert} fired, but ${held}`);
-    const should = heldSeconds > needsSeconds + 45;
-    if (should && fired.length === 0) fault(`${alert} didn't fire, although ${held}`);
-    const verdict =
-      fired.length > 0
-        ? "fired"
-        : should
-          ? "**should have fired**"
-          : heldSeconds >= 0
-            ? "not long enough to fire"
-            : "no reason to fire";
-    return `| ${alert.replace("PartySockets", "")} | ${verdict} | ${held} | ${times.join("; ") || "–"} |`;
-  });
-}
-
-function report(last: Report, alerts: Alerts, alertLines: string[]): string {
-  const lives = watch.lives.map(
-    ({ name, seconds, rssMax, lagMax, deliveries, cut, refused }) =>
-      `| ${name} | ${seconds.toFixed(0)} | ${mebi(rssMax)} | ${(lagMax * 1000).toFixed(0)} | ${deliveries.toLocaleString("en")} | ${cut} | ${refused} |`,
-  );
-  const sieges = rows.map(({ name, report: seen, text, held }) => {
-    const lost = seen === undefined ? "all" : String(seen.lost);
-    return `| ${name} | ${ms(seen?.worstMs)} | ${ms(seen?.p99Ms)} | ${ms(seen?.ownMs)} | ${lost} | ${held ? "" : "✗ "}${text} |`;
-  });
-  return [
-    `${now()} s, seed ${seed}`,
-    "",
-    "| relay | seconds | MiB at most | lag at most, ms | frames out | members cut as slow | refused as full |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
-    ...lives,
-    "",
-    ...endings,
-    "",
-    `ordinary parties: ${last.rooms} rooms, ${last.sent} messages, ${last.delivered} deliveries, ${last.lost} lost, ` +
-      `${last.endedWithRoom} owed by rooms that ended with their relay, ${last.reconnects} attempts to reconnect`,
-    "",
-    "| attack | worst ms | p99 ms | own ms | lost | what became of it (✗: not as on a relay of its own) |",
-    "| --- | --- | --- | --- | --- | --- |",
-    ...sieges,
-    "",
-    "| alert | verdict | by this tool's own look each second | by Prometheus |",
-    "| --- | --- | --- | --- |",
-    ...alertLines,
-    ...alerts.all
-      .filter(({ name }) => !alertLines.some((line) => line.includes(name.replace("PartySockets", ""))))
-      .map(({ name }) => `unknown alert ${name}`),
-    "",
-    ...(faults.length === 0 ? ["no faults"] : [`${faults.length} faults`, ...faults.map((text) => `  ${text}`)]),
-  ].join("\n");
+  const { lines: alertLines, faults: ofAlerts } = judge(watch.judge(), alerts.all);
+  ofAlerts.forEach(fault);
+  const head = `${now()} s, seed ${seed}`;
+  console.log(`\n${report({ head, lives: watch.lives, endings, parties: last, sieges: rows, alertLines, faults })}`);
 }
 
 for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(2));

@@ -78,7 +78,7 @@ async function siege(name: string, attack: Attack, options: Options): Promise<Ro
   await using relay = url === undefined ? await startRelay(attack, server, group) : undefined;
   const relayUrl = relay?.url ?? (url as string);
   await using neighbour = new Part([...neighbourPlace, ...script("neighbour"), relayUrl]);
-  await neighbour.next(PATIENCE_MS);
+  if ((await neighbour.next(PATIENCE_MS)) !== "ready") throw new Error(`the neighbour can't play: ${neighbour.lines.join(" ")}`);
 
   let ended: number | undefined;
   void relay?.exited.then((code) => (ended = code));

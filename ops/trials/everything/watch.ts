@@ -8,14 +8,16 @@ import { until } from "../../shared/wait.ts";
 const LOOK_MS = 1_000;
 const LATE_MS = 5_000; // for one look
 const ALERTS_MS = 5_000;
-const SCRAPE = "15s";
+const SCRAPE_SECONDS = 15;
 const LAG_SECONDS = 0.1; // as in alerts.yml, and so the next
 const MEMORY_BYTES = 0.8 * 256 * 1024 * 1024;
 
 /** What one life of the relay was like, from its start to its end. */
 export type Life = {
   name: string;
-  seconds: number;
+  /** In seconds of this process. */
+  from: number;
+  to: number;
   rssMax: number;
   lagMax: number;
   deliveries: number;
@@ -25,12 +27,50 @@ export type Life = {
 
 /** Counters, summed over all lives. */
 type Totals = { slow: number; refused: number; internal: number; errors: number; framesIn: number };
-type Look = Totals & { at: number; up: boolean; lag: number; rss: number; clients: number };
+type Look = Totals & { at: number; life: number; up: boolean; lag: number; rss: number; clients: number };
 
 const NOTHING: Totals = { slow: 0, refused: 0, internal: 0, errors: 0, framesIn: 0 };
 
-/** How long the condition of an alert held at most, as far as this process could see. */
-type Judgement = { alert: string; needsSeconds: number; heldSeconds: number };
+/** How long the condition of an alert held at most, -1 if never; and for how long it has to. */
+type Held = { alert: string; needsSeconds: number; heldSeconds: number };
+/** Also, whether it was long and clear enough for Prometheus, which looks seldom: to have perhaps fired, or certainly. */
+export type Judgement = Held & { mayFire: boolean; mustFire: boolean };
+
+const combine = (of: (key: keyof Totals) => number): Totals => ({
+  ...{ slow: of("slow"), refused: of("refused"), internal: of("internal") },
+  ...{ errors: of("errors"), framesIn: of("framesIn") },
+});
+
+/** The conditions of `alerts.yml`, by looks. @param strict how much more than its limits a counter must show */
+function longest(looks: Look[], strict: number): Held[] {
+  const ago = (seconds: number, end: Look): Look => looks.find(({ at }) => at >= end.at - seconds) as Look;
+  const most = (end: Look): number =>
+    looks.reduce((most, { at, clients }) => (at >= end.at - 300 && at <= end.at ? Math.max(most, clients) : most), 0);
+  const cases: [alert: string, needsSeconds: number, holds: (look: Look) => boolean][] = [
+    ["PartySocketsDown", 120, ({ up }) => !up],
+    ["PartySocketsLagging", 300, ({ up, lag }) => up && lag > LAG_SECONDS],
+    ["PartySocketsMemory", 300, ({ up, rss }) => up && rss > MEMORY_BYTES],
+    ["PartySocketsFailing", 0, (look) => look.refused + look.internal > ago(600, look).refused + ago(600, look).internal],
+    [
+      "PartySocketsErrorBurst",
+      300,
+      (look) => {
+        const before = ago(300, look);
+        const errors = look.errors - before.errors;
+        return errors > 300 * strict && errors > 0.05 * strict * (look.framesIn - before.framesIn);
+      },
+    ],
+    ["PartySocketsSlowMembers", 0, (look) => look.slow - ago(300, look).slow > strict * Math.max(5, 0.05 * most(look))],
+  ];
+  return cases.map(([alert, needsSeconds, holds]) => {
+    let [heldSeconds, since]: [number, number | undefined] = [-1, undefined];
+    for (const look of looks) {
+      since = holds(look) ? (since ?? look.at) : undefined;
+      if (since !== undefined) heldSeconds = Math.max(heldSeconds, look.at - since);
+    }
+    return { alert, needsSeconds, heldSeconds };
+  });
+}
 
 export class Watch implements Disposable {
   readonly lives: Life[] = [];
@@ -50,7 +90,8 @@ export class Watch implements Disposable {
   begin(name: string): void {
     this.#before = this.#totals;
     this.#now = NOTHING;
-    this.lives.push({ name, seconds: 0, rssMax: 0, lagMax: 0, deliveries: 0, cut: 0, refused: 0 });
+    const from = performance.now() / 1000;
+    this.lives.push({ name, from, to: from, rssMax: 0, lagMax: 0, deliveries: 0, cut: 0, refused: 0 });
   }
 
   /** The present life, or the last one. */
@@ -73,17 +114,19 @@ export class Watch implements Disposable {
     this.#isLooking = true;
     const at = performance.now() / 1000;
     const { life } = this;
+    const looked = { at, life: this.lives.length - 1 };
     try {
       const answer = await fetch(`${this.#url}/metrics`, { keepalive: false, signal: AbortSignal.timeout(LATE_MS) });
       const samples = parseMetrics(await answer.text());
-      if (life === this.life) this.#take(samples, at, life);
+      if (life === this.life) this.#take(samples, looked);
     } catch {
-      this.#looks.push({ ...this.#totals, at, up: false, lag: 0, rss: 0, clients: 0 });
+      this.#looks.push({ ...this.#totals, ...looked, up: false, lag: 0, rss: 0, clients: 0 });
     }
     this.#isLooking = false;
   }
 
-  #take(samples: Sample[], at: number, life: Life): void {
+  #take(samples: Sample[], looked: { at: number; life: number }): void {
+    const { life } = this;
     const value = (name: string, labels: Record<string, string> = {}): number =>
       samples
         .filter((sample) => sample.name === name && Object.entries(labels).every(([key, text]) => sample.labels[key] === text))
@@ -93,8 +136,8 @@ export class Watch implements Disposable {
     const framesIn = value("party_sockets_messages_total", { direction: "in" });
     this.#now = { slow, refused: errors("capacity"), internal: errors("internal"), errors: errors(), framesIn };
     const [lag, rss] = [value("party_sockets_event_loop_lag_seconds"), value("process_resident_memory_bytes")];
-    this.#looks.push({ ...this.#totals, at, up: true, lag, rss, clients: value("party_sockets_clients") });
-    life.seconds = value("process_uptime_seconds");
+    this.#looks.push({ ...this.#totals, ...looked, up: true, lag, rss, clients: value("party_sockets_clients") });
+    life.to = looked.at;
     life.rssMax = Math.max(life.rssMax, rss);
     life.lagMax = Math.max(life.lagMax, lag);
     life.deliveries = value("party_sockets_messages_total", { direction: "out" });
@@ -103,52 +146,28 @@ export class Watch implements Disposable {
   }
 
   get #totals(): Totals {
-    const sum = (key: keyof Totals) => this.#before[key] + this.#now[key];
-    return {
-      ...{ slow: sum("slow"), refused: sum("refused"), internal: sum("internal") },
-      errors: sum("errors"),
-      framesIn: sum("framesIn"),
-    };
+    return combine((key) => this.#before[key] + this.#now[key]);
   }
 
   /** Which alerts have a reason to fire, by these looks and not by Prometheus' own. */
   judge(): Judgement[] {
-    const within = (minutes: number, i: number): Look => {
-      const end = this.#looks[i] as Look;
-      return this.#looks.find(({ at }) => at >= end.at - 60 * minutes) as Look;
-    };
-    const clientsMax = (i: number) =>
-      this.#looks.reduce(
-        (most, { at, clients }) =>
-          at > (this.#looks[i] as Look).at - 300 && at <= (this.#looks[i] as Look).at ? Math.max(most, clients) : most,
-        0,
-      );
-    const cases: [string, number, (look: Look, i: number) => boolean][] = [
-      ["PartySocketsDown", 120, ({ up }) => !up],
-      ["PartySocketsLagging", 300, ({ up, lag }) => up && lag > LAG_SECONDS],
-      ["PartySocketsMemory", 300, ({ up, rss }) => up && rss > MEMORY_BYTES],
-      [
-        "PartySocketsFailing",
-        0,
-        ({ refused, internal }, i) => refused + internal > within(10, i).refused + within(10, i).internal,
-      ],
-      [
-        "PartySocketsErrorBurst",
-        300,
-        ({ errors, framesIn }, i) => {
-          const from = within(5, i);
-          return errors - from.errors > 300 && errors - from.errors > 0.05 * (framesIn - from.framesIn);
-        },
-      ],
-      ["PartySocketsSlowMembers", 0, ({ slow }, i) => slow - within(5, i).slow > Math.max(5, 0.05 * clientsMax(i))],
-    ];
-    return cases.map(([alert, needsSeconds, holds]) => {
-      let [longest, since]: [number, number | undefined] = [-1, undefined];
-      for (const [i, look] of this.#looks.entries()) {
-        since = holds(look, i) ? (since ?? look.at) : undefined;
-        if (since !== undefined) longest = Math.max(longest, look.at - since);
-      }
-      return { alert, needsSeconds, heldSeconds: longest };
+    const [held, perhaps, surely] = [longest(this.#looks, 1), longest(this.#looks, 0.5), longest(this.#scraped(), 2)];
+    return held.map(({ alert, needsSeconds, heldSeconds }, i) => ({
+      ...{ alert, needsSeconds, heldSeconds },
+      mayFire: (perhaps[i] as Held).heldSeconds >= needsSeconds * 0.8 - SCRAPE_SECONDS,
+      mustFire: (surely[i] as Held).heldSeconds > needsSeconds + 3 * SCRAPE_SECONDS,
+    }));
+  }
+
+  /** The looks without what was counted so near to a life's beginning or end that Prometheus may not have seen it. */
+  #scraped(): Look[] {
+    let [dropped, before] = [NOTHING, NOTHING];
+    return this.#looks.map((look) => {
+      const { from, to } = this.lives[look.life] as Life;
+      const near = look.at < from + 2 * SCRAPE_SECONDS || look.at > to - 2 * SCRAPE_SECONDS;
+      if (near) dropped = combine((key) => dropped[key] + look[key] - before[key]);
+      before = look;
+      return { ...look, ...combine((key) => look[key] - dropped[key]) };
     });
   }
 
@@ -176,12 +195,12 @@ export class Alerts implements AsyncDisposable {
     this.#stack = stack;
   }
 
-  /** Starts it; resolves when it has scraped the relay. @param begun when the run began */
+  /** Starts it; resolves when it answers. @param begun when the run began */
   static async start(relayUrl: string, begun: number): Promise<Alerts> {
     await using stack = new AsyncDisposableStack();
     const { path: directory } = stack.use(await temporaryDirectory("everything"));
     const config = {
-      global: { scrape_interval: SCRAPE, evaluation_interval: SCRAPE },
+      global: { scrape_interval: `${SCRAPE_SECONDS}s`, evaluation_interval: `${SCRAPE_SECONDS}s` },
       rule_files: [join(ROOT, "ops/alerts.yml")],
       scrape_configs: [{ job_name: "party-sockets", static_configs: [{ targets: [new URL(relayUrl).host] }] }],
     };
@@ -191,8 +210,7 @@ export class Alerts implements AsyncDisposable {
     const child = stack.use(new Child(["prometheus", ...files, `--web.listen-address=${address}`, "--log.level=error"]));
     const alerts = new Alerts(child, address, begun, stack.move());
     try {
-      const isUp = async () => (await alerts.#ask("query?query=up").catch(() => undefined))?.result?.[0]?.value[1] === "1";
-      await until("Prometheus' first scrape", isUp, 40_000);
+      await until("Prometheus", async () => (await alerts.#ask("alerts").catch(() => undefined)) !== undefined);
     } catch (error) {
       await alerts[Symbol.asyncDispose]();
       throw error;
