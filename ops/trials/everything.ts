@@ -114,7 +114,8 @@ async function endRelay(how: string, signal: "SIGTERM" | "SIGKILL", patienceMs: 
   endings.push(`${how} at ${now()} s: exit ${code} after ${took} s`);
   say(endings.at(-1) as string);
   if (code !== (signal === "SIGKILL" ? EXIT_OF_KILL : 0)) fault(`${how}: exit ${code}; ${child.lines.slice(-3).join(" | ")}`);
-  for (const line of child.lines) if (line.includes(" exception ")) fault(`the relay's log: ${line}`);
+  const exceptions = child.lines.filter((line) => line.includes(" exception "));
+  for (const line of exceptions.slice(0, 3)) fault(`one of ${exceptions.length} exceptions in the relay's log: ${line}`);
 }
 
 /** Waits until the relay takes newcomers again: whoever comes while memory falls is told to come later. */
@@ -241,7 +242,6 @@ async function main(): Promise<void> {
   if (alerts.process.exitCode !== null) fault("Prometheus has ended");
   for (const text of last.faults) fault(`ordinary parties: ${text}`);
   if (last.lost > 0) fault(`ordinary parties: ${last.lost} deliveries were lost`);
-  if (watch.internalErrors > 0) fault(`${watch.internalErrors} exceptions in the relay`);
   const { lines: alertLines, faults: ofAlerts } = judge(watch.judge(), alerts.all);
   ofAlerts.forEach(fault);
   const head = `${now()} s, seed ${seed}`;

@@ -99,11 +99,6 @@ export class Watch implements Disposable {
     return this.lives.at(-1) as Life;
   }
 
-  /** Exceptions in the relay, in all lives. */
-  get internalErrors(): number {
-    return this.#totals.internal;
-  }
-
   get last(): Look | undefined {
     return this.#looks.at(-1);
   }
