@@ -24,6 +24,8 @@ class Player {
   client!: Client;
   /** The number that the next message of each other must have, if one has come since this socket joined. */
   readonly expected = new Map<number, number>();
+  /** What it did last, for whoever looks into a fault. */
+  readonly trail: string[] = [];
   readonly #clientId = crypto.randomUUID();
   #wanted: { type: string; resolve(frame: Frame): void } | undefined;
 
@@ -63,7 +65,8 @@ class Player {
   }
 
   say(): void {
-    this.client.send({ type: "send", data: { n: this.sent++ } });
+    const did = this.trail.splice(0).join(" ");
+    this.client.send({ type: "send", data: { n: this.sent++, did } });
   }
 
   fault(text: string): void {
@@ -77,7 +80,8 @@ class Player {
       if (frame.type === "message" && frame.data.to === undefined) {
         const { from, data } = frame;
         const expected = this.expected.get(from);
-        if (expected !== undefined && data.n !== expected) this.fault(`got ${data.n} of ${from}, not ${expected}`);
+        if (expected !== undefined && data.n !== expected)
+          this.fault(`got ${data.n} of ${from}, not ${expected}; ${from} did ${data.did}`);
         this.expected.set(from, data.n + 1);
       } else if (frame.type === "message" && frame.data.to !== this.index) {
         this.fault(`got what was for ${frame.data.to}`);
@@ -132,7 +136,10 @@ async function party(arena: Arena, players: Player[]): Promise<void> {
         const player = random.pick(players);
         const old = player.client;
         const drops = players.length > 1 && random.chance(0.6); // alone, the room would end
-        if (drops) random.chance(0.5) ? old.terminate() : await old.close();
+        const way = !drops ? "replaced" : random.chance(0.5) ? "terminated" : "closed";
+        player.trail.push(way);
+        if (way === "terminated") old.terminate();
+        if (way === "closed") await old.close();
         await player.open();
         await player.join(room);
         if (!drops) await endsWith(player, old, 4000);
@@ -143,6 +150,7 @@ async function party(arena: Arena, players: Player[]): Promise<void> {
       async () => {
         if (players.length === 1) return;
         const player = random.pick(players);
+        player.trail.push("left");
         await player.ask({ type: "leave" }, "left");
         await player.join(room);
       },
