@@ -138,6 +138,8 @@ async function party(arena: Arena, players: Player[]): Promise<void> {
         const drops = players.length > 1 && random.chance(0.6); // alone, the room would end
         const way = !drops ? "replaced" : random.chance(0.5) ? "terminated" : "closed";
         player.trail.push(way);
+        // A reset, or a replacement, discards what the relay hasn't handled yet; a close doesn't.
+        if (way !== "closed") await player.ask({ type: "ping" }, "pong");
         if (way === "terminated") old.terminate();
         if (way === "closed") await old.close();
         await player.open();
