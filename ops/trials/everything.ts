@@ -136,7 +136,7 @@ async function welcomes(): Promise<void> {
 /** A trial that goes on beside the others. */
 async function startTrial(name: "fuzz" | "soak", url: string, seconds: number): Promise<Child> {
   const flags = ["--url", url, "--shared", "--seed", String(seed + watch.lives.length), "--seconds", seconds.toFixed(1)];
-  const child = stack.use(new Child(["nice", "-n", "5", ...script(`${name}.ts`, ...flags)]));
+  const child = stack.use(new Child(script(`${name}.ts`, ...flags)));
   await child.line(/ begins$/, BEGIN_MS);
   return child;
 }

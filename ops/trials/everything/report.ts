@@ -50,9 +50,18 @@ export function report({ head, lives, endings, parties, sieges, alertLines, faul
   return [
     head,
     "",
-    ...table("relay, seconds, MiB at most, lag at most ms, frames out, cut as slow, refused as full"),
-    ...lives.map(({ name, from, to, rssMax, lagMax, deliveries, cut, refused }) =>
-      row(name, ms(to - from), mebi(rssMax), ms(lagMax * 1000), deliveries.toLocaleString("en"), String(cut), String(refused)),
+    ...table("relay, seconds, MiB at most, lag at most ms, frames out, cut as slow, refused as full, this tool late at most ms"),
+    ...lives.map(({ name, from, to, rssMax, lagMax, deliveries, cut, refused, ownMs }) =>
+      row(
+        name,
+        ms(to - from),
+        mebi(rssMax),
+        ms(lagMax * 1000),
+        deliveries.toLocaleString("en"),
+        String(cut),
+        String(refused),
+        ms(ownMs),
+      ),
     ),
     "",
     ...endings,

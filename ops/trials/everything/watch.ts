@@ -23,6 +23,8 @@ export type Life = {
   deliveries: number;
   cut: number;
   refused: number;
+  /** How late this process's own timer was: nothing below it says anything about the relay. */
+  ownMs: number;
 };
 
 /** Counters, summed over all lives. */
@@ -83,7 +85,13 @@ export class Watch implements Disposable {
 
   constructor(url: string) {
     this.#url = url;
-    this.#timer = setInterval(() => void this.look(), LOOK_MS);
+    let last = performance.now();
+    this.#timer = setInterval(() => {
+      const now = performance.now();
+      if (this.lives.length > 0) this.life.ownMs = Math.max(this.life.ownMs, now - last - LOOK_MS);
+      last = now;
+      void this.look();
+    }, LOOK_MS);
   }
 
   /** A relay has been started. */
@@ -91,7 +99,7 @@ export class Watch implements Disposable {
     this.#before = this.#totals;
     this.#now = NOTHING;
     const from = performance.now() / 1000;
-    this.lives.push({ name, from, to: from, rssMax: 0, lagMax: 0, deliveries: 0, cut: 0, refused: 0 });
+    this.lives.push({ name, from, to: from, rssMax: 0, lagMax: 0, deliveries: 0, cut: 0, refused: 0, ownMs: 0 });
   }
 
   /** The present life, or the last one. */
