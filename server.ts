@@ -514,8 +514,9 @@ export type Config = Record<LimitName, number> & {
   addressHeader: string | undefined;
   log: Log;
   clock: Clock;
-  /** How many absent or barred clientIds a room remembers, and all rooms together. */
+  /** How many absent or barred clientIds a room remembers. */
   knownPerRoom: number;
+  /** How many of them all rooms together remember. */
   knownInAll: number;
   /** How old the text of `/metrics` may be, in ms: nobody can keep the relay busy with scrapes. */
   metricsMs: number;
@@ -620,8 +621,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     );
   if (!/^[\x21-\x7e]{0,256}$/.test(config.instance))
     faults.push("INSTANCE_ID must be at most 256 visible ASCII characters: it is sent in a header");
-  const position = flyRegion === undefined ? 0 : REGIONS.indexOf(flyRegion);
-  if (position < 0 || position > 31)
+  if (flyRegion !== undefined && !REGIONS.includes(flyRegion))
     faults.push(`FLY_REGION ${JSON.stringify(flyRegion)} has no row: append ${JSON.stringify(flyRegion)} to regions.ts`);
   if (config.dashboardUrl !== undefined) {
     const url = URL.parse(config.dashboardUrl);
@@ -714,10 +714,11 @@ class Room {
   /** Slots with nobody on them, the longest gone first; without the host's. */
   readonly absent = new Set<Slot>();
   readonly flow: Flow = new Flow(this);
-  /** What the room's one timer waits for: nobody is connected, or the host is away. */
-  waiting: "linger" | "host" | undefined;
-  waitEnds = 0;
-  cancelWait = () => {};
+  /** Which countdown runs, if any: for a room with nobody connected, or for a host who is away. */
+  countdown: "linger" | "host" | undefined;
+  /** When it ends (clock time). */
+  countdownEnds = 0;
+  cancelCountdown = () => {};
   /** Bytes broadcast so far. A member that wasn't heard from during many of them was too slow. */
   published = 0;
 
@@ -725,11 +726,14 @@ class Room {
     readonly relay: Relay,
     readonly code: string,
     readonly creator: Address,
-    readonly origin: Origin, // the creator's
+    /** The creator's. */
+    readonly origin: Origin,
     readonly url: string | undefined,
     public maxClients: number,
-    readonly linger: number, // seconds; 0: none
-    readonly hostGrace: number, // seconds; 0: none
+    /** Seconds; 0: none. */
+    readonly linger: number,
+    /** Seconds; 0: none. */
+    readonly hostGrace: number,
     readonly migrate: boolean,
   ) {}
 }
@@ -744,7 +748,7 @@ class Session {
   readonly bucket: Bucket;
   /** Frames that wait to be handled; undefined if the socket isn't paused. */
   queue: (string | Buffer)[] | undefined;
-  /** The flow whose turn the first of them waits for. */
+  /** The flow whose turn the first frame of `queue` waits for. */
   waitsFor: Flow | undefined;
   /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. */
   goodbye: { leave(): void; cancel(): void } | undefined;
@@ -774,7 +778,7 @@ class Address {
   /** The flow of its sockets that are in no room. */
   readonly flow = new Flow();
   readonly sockets = new Set<Socket>();
-  /** How many of the rooms it created. */
+  /** How many of the rooms that there are it has created. */
   rooms = 0;
   /** Slots with nobody on them in those rooms, the longest gone first; without the hosts'. */
   readonly absent = new Set<Slot>();
@@ -795,7 +799,14 @@ const zeros = <K extends string>(keys: readonly K[]): Record<K, number> =>
   Object.fromEntries(keys.map((key) => [key, 0])) as Record<K, number>;
 
 /** Where a relay is in its life. */
-type Stage = { name: "serving" } | { name: "draining"; /** Clock time. */ ends: number } | { name: "ended" };
+type Stage =
+  | { name: "serving" }
+  | {
+      name: "draining";
+      /** Clock time. */
+      ends: number;
+    }
+  | { name: "ended" };
 
 /** All that a relay has in memory. Two of them share nothing. */
 class Relay {
@@ -931,7 +942,7 @@ function publishNow(room: Room, frame: string, except?: Socket): void {
   const receivers = connected.size - (except === undefined ? 0 : 1);
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
   room.published += delivered(relay, receivers, sent, frame);
-  relay.turns.wake(room.flow, receivers);
+  relay.turns.countCalls(room.flow, receivers);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -1048,20 +1059,20 @@ function depart(socket: Socket, slot: Slot, why: Disconnect, reason?: "left" | "
   else dropRoom(room);
 }
 
-/** Starts, keeps or stops the room's one timer, depending on who is connected. */
+/** Starts, keeps or stops the room's countdown, depending on who is connected. */
 function settle(room: Room): void {
   const { clock } = room.relay.config;
   const isEmpty = room.connected.size === 0;
   const isHostAway = room.hostGrace > 0 && !room.connected.has(room.host);
-  const waiting = isEmpty ? "linger" : isHostAway ? "host" : undefined;
-  if (waiting === room.waiting) return;
-  room.cancelWait();
-  room.cancelWait = () => {};
-  room.waiting = waiting;
-  if (waiting === undefined) return;
+  const countdown = isEmpty ? "linger" : isHostAway ? "host" : undefined;
+  if (countdown === room.countdown) return;
+  room.cancelCountdown();
+  room.cancelCountdown = () => {};
+  room.countdown = countdown;
+  if (countdown === undefined) return;
   const ms = 1000 * (isEmpty ? room.linger : room.hostGrace);
-  room.waitEnds = clock.now() + ms;
-  room.cancelWait = clock.after(ms, () => {
+  room.countdownEnds = clock.now() + ms;
+  room.cancelCountdown = clock.after(ms, () => {
     if (isEmpty) dropRoom(room);
     else if (room.migrate) migrateHost(room);
     else closeRoom(room, "room_closed");
@@ -1079,7 +1090,7 @@ function migrateHost(room: Room): void {
 /** Ends a room that nobody is connected to. */
 function dropRoom(room: Room): void {
   const { relay, creator } = room;
-  room.cancelWait();
+  room.cancelCountdown();
   relay.rooms.delete(room.code);
   for (const slot of room.absent) unremember(slot);
   room.origin.rooms--;
@@ -1113,7 +1124,8 @@ type Row<T extends MessageType> = {
   | { who: "member"; handle(socket: Socket, message: Message<T>, slot: Slot): Outcome }
   | {
       who: "host";
-      /** Completes "Only the host can …". */ deed: string;
+      /** Completes "Only the host can …". */
+      deed: string;
       handle(socket: Socket, message: Message<T>, slot: Slot): Outcome;
     }
 );
@@ -1173,14 +1185,14 @@ function roomsToGiveUp(relay: Relay): Room[] {
   const byCreator = new Map<Address, Room[]>();
   relay.turns.work += relay.rooms.size / 100; // looking at each of them is work, too
   for (const room of relay.rooms.values()) {
-    if (room.waiting !== "linger") continue;
+    if (room.countdown !== "linger") continue;
     const others = byCreator.get(room.creator);
     if (others === undefined) byCreator.set(room.creator, [room]);
     else others.push(room);
   }
   let most: Room[] = [];
   for (const rooms of byCreator.values()) if (rooms.length > most.length) most = rooms;
-  return most.sort((a, b) => a.waitEnds - b.waitEnds);
+  return most.sort((a, b) => a.countdownEnds - b.countdownEnds);
 }
 
 /** Makes place for another room. @returns whether there is one */
@@ -1240,12 +1252,12 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       return fields as Message<"join">;
     },
     handle(socket, { clientId, room: code, claim }) {
-      const { relay, slot, address } = socket.data;
+      const { relay, address } = socket.data;
       const { turns, socketMisses: misses } = relay;
-      if (slot !== undefined) return refuse("already_in_room");
+      if (socket.data.slot !== undefined) return refuse("already_in_room");
       const room = relay.rooms.get(code);
-      const known = room?.known.get(clientId);
-      if (known === undefined && misses.isOver(address) && !(room && sitsIn(room, address))) {
+      let slot = room?.known.get(clientId);
+      if (slot === undefined && misses.isOver(address) && !(room && sitsIn(room, address))) {
         capReached(relay, "misses");
         return refuse("too_many_attempts");
       }
@@ -1256,34 +1268,35 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       // A join is work of the room that it is for: it waits until that room's turn, and the room pays for it.
       if (!turns.isUpToDate(room.flow)) return room.flow;
       turns.payFrom(room.flow);
-      const claimed = known === undefined && claim !== undefined ? slotOffered(room, claim) : undefined;
-      if (known === undefined && claim !== undefined && claimed === undefined) {
-        misses.add(address);
-        return refuse("claim_not_found");
+      if (slot === undefined && claim !== undefined) {
+        slot = slotOffered(room, claim);
+        if (slot === undefined) {
+          misses.add(address);
+          return refuse("claim_not_found");
+        }
       }
-      const own = known ?? claimed;
-      if (own?.barred) return refuse("kicked");
-      if (own === undefined && room.locked) return refuse("room_locked");
-      const old = own && room.connected.get(own.index);
+      if (slot?.barred) return refuse("kicked");
+      if (slot === undefined && room.locked) return refuse("room_locked");
+      const old = slot && room.connected.get(slot.index);
       if (old !== undefined && socket.data.goodbye !== undefined) return; // it has closed meanwhile, and replaces nobody
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
-      if (claimed !== undefined) handOver(claimed, clientId);
-      const mine = own ?? addSlot(room, clientId);
-      const kind: Join = old !== undefined ? "replaced" : own !== undefined ? "resumed" : "new";
+      const kind: Join = old !== undefined ? "replaced" : slot !== undefined ? "resumed" : "new";
       const resumed = kind === "resumed" || undefined;
+      slot ??= addSlot(room, clientId);
+      if (slot.clientId !== clientId) handOver(slot, clientId); // it was claimed
       if (old !== undefined) {
-        stand(old, mine, "replaced");
+        stand(old, slot, "replaced");
         hangUp(old, CloseCode.REPLACED, "replaced");
       }
       const peers = [...room.connected.keys()].sort((a, b) => a - b);
       relay.joins[kind]++;
-      sit(socket, mine);
+      sit(socket, slot);
       settle(room);
       say(socket, {
         type: "joined",
         room: code,
-        index: mine.index,
+        index: slot.index,
         peers,
         host: room.host || undefined,
         resumed,
@@ -1292,7 +1305,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       });
       if (room.state !== undefined) write(socket, room.state);
       tellDraining(socket);
-      if (kind !== "replaced") announce(room, { type: "peer_joined", index: mine.index, resumed }, socket);
+      if (kind !== "replaced") announce(room, { type: "peer_joined", index: slot.index, resumed }, socket);
     },
   },
 
@@ -1511,8 +1524,8 @@ class Flow {
   credit = 0;
   /** The turn in which `credit` was last added to. */
   turn = -1;
-  /** The turn in which its members were sent something last. */
-  wokenIn = -1;
+  /** The turn in which the system calls of a broadcast were last counted. */
+  calledIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
   /** What had no credit, or is large: the room's members are sent it before anything else is handled for the room. */
@@ -1596,9 +1609,9 @@ class Turns {
   }
 
   /** Counts the system calls of a room's first broadcast in a turn; later ones share them. */
-  wake(flow: Flow, receivers: number): void {
-    if (flow.wokenIn === this.#turn) return;
-    flow.wokenIn = this.#turn;
+  countCalls(flow: Flow, receivers: number): void {
+    if (flow.calledIn === this.#turn) return;
+    flow.calledIn = this.#turn;
     this.work += CALL_WORK * receivers;
   }
 
@@ -1698,7 +1711,7 @@ class Turns {
   }
 
   /**
-   * Counts what is read. After TURN_FRAMES the turn reads no more: all sockets are held, and `#readOnInTurn` picks the order in
+   * Counts what is read. After TURN_FRAMES the turn reads no more: all sockets are held, and `release` picks the order in
    * which they are read on from. So nobody keeps the others waiting by sending much.
    */
   #takeIn(now: number): void {
