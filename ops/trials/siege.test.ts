@@ -1,6 +1,6 @@
 /**
  * Short forms of the siege. They say nothing of milliseconds: who is heard first, that nothing is lost, and who is cut.
- * About 9 s.
+ * About 11 s.
  */
 import { describe, expect, test } from "bun:test";
 import { flyCluster, type Siblings } from "../../server.ts";
@@ -151,7 +151,7 @@ describe("rooms that share the relay", () => {
       };
     for (const [host] of rooms) host.raw.write(toGuest(FRAMES));
     const counts = await until("a room to be through", () => whenOneWasThrough);
-    expect(Math.min(...counts)).toBeGreaterThan(FRAMES / 4);
+    expect(Math.min(...counts)).toBeGreaterThan(FRAMES / 2);
     await until("all to be through", () => heard().every((count) => count >= FRAMES));
     expect(heard()).toEqual(rooms.map(() => FRAMES));
   });
