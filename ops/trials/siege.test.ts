@@ -1,6 +1,6 @@
 /**
  * Short forms of the siege. They say nothing of milliseconds: who is heard first, that nothing is lost, and who is cut.
- * About 11 s.
+ * About 9 s.
  */
 import { describe, expect, test } from "bun:test";
 import { flyCluster, type Siblings } from "../../server.ts";
