@@ -379,6 +379,7 @@ const URL_BYTES = 512; // fits a QR code that a phone reads across a room
 const TARGETS = 64; // slots that one `send` may name
 const OFFER_BYTES = 16; // of a slot offer's token; 22 characters of base64url
 const OFFER_MS = 300_000; // long enough to find the other phone and scan a code
+const PROTOCOLS_LENGTH = 1_000; // characters of a Sec-WebSocket-Protocol header: Bun's answer repeats it, and proxies keep few KB
 const ORIGIN_LENGTH = 256; // characters of an Origin header that are kept
 const ORIGIN_SHOWN = 100; // characters of it in /metrics
 const ORIGINS_KEPT = 500; // Origin headers are the clients' to invent
@@ -2806,6 +2807,8 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
     const wanted = { "Sec-WebSocket-Version": WEBSOCKET_VERSION, Upgrade: "websocket" };
     return reply(426, { error: "Unsupported WebSocket version" }, wanted); // Bun's own lacks the CORS headers
   }
+  if ((request.headers.get("sec-websocket-protocol")?.length ?? 0) > PROTOCOLS_LENGTH)
+    return reply(400, { error: "Sec-WebSocket-Protocol is too long" });
   if (cluster !== undefined && code !== undefined && !relay.rooms.has(code)) relay.socketMisses.add(address);
   const name = origin ? copyOf(origin.slice(0, ORIGIN_LENGTH)) : "unknown";
   if (server.upgrade(request, { data: new Session(relay, address, name) })) return undefined;
