@@ -422,7 +422,8 @@ const CALL_WORK = 6; // of a system call: each frame to one socket is one; what 
 const SIT_WORK = 20; // of a member that sits down
 const TURN_WORK = 6_000; // that a turn does at most, shared by the rooms: some 3 ms
 const TURN_FRAMES = 8192; // that a turn reads at most: as many tiny ones as one read brings, some 2 ms
-const TURN_SOCKETS = 256; // that a turn reads on from, after one that had to stop reading
+const FLOW_FRAMES = 256; // of one flow, after which a turn that has read so much reads no more of that flow
+const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
 const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
 const BURST_MS = 2_000; // a full bucket holds what the rate gives in this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are read on from, if it has a token
@@ -1539,6 +1540,9 @@ class Flow {
   credit = 0;
   /** The turn in which `credit` was last added to. */
   turn = -1;
+  /** The turn in which it was read last, and how many of its frames that turn has read. */
+  readIn = -1;
+  frames = 0;
   /** The turn in which the system calls of a broadcast were last counted. */
   calledIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
@@ -1588,8 +1592,10 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
-  /** Sockets that aren't read from, because this turn has read much or memory is short. */
+  /** Sockets that aren't read from, because their flow has brought much or memory is short. */
   readonly #held = new Set<Socket>();
+  /** How many of them the next turn reads on from: one, and twice as many after each turn in which no more were held. */
+  #readOn = 1;
   #cancelRefill: (() => void) | undefined;
   readonly #rest: Rest;
 
@@ -1602,7 +1608,7 @@ class Turns {
   /** Takes a frame that was read: handles it, or lets it wait. */
   received(socket: Socket, frame: string | Buffer, now: number): void {
     const session = socket.data;
-    this.#takeIn(now);
+    this.#takeIn(socket, now);
     if (session.queue !== undefined) {
       if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
@@ -1614,7 +1620,7 @@ class Turns {
 
   /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
   receivedPing(socket: Socket, now: number): void {
-    this.#takeIn(now);
+    this.#takeIn(socket, now);
     this.#takeToken(socket, now);
   }
 
@@ -1664,29 +1670,36 @@ class Turns {
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
-  /** Reads no more from sockets that weren't heard since then (clock time), if their flow has more than so many sockets. */
-  hold(since: number, most: number): void {
-    for (const socket of this.#relay.sockets) {
-      const { queue, heardAt, flow, home } = socket.data;
-      const sockets = flow.room?.connected.size ?? home.sockets.size;
-      if (queue !== undefined || heardAt > since || sockets <= most) continue;
+  /** Reads no more from these sockets. */
+  hold(sockets: Iterable<Socket>): void {
+    this.#readOn = 1;
+    for (const socket of sockets) {
+      if (socket.data.queue !== undefined) continue;
       this.#pause(socket);
       this.#held.add(socket);
     }
   }
 
-  /** Reads on from so many of those that are held: from the first of each flow first, then from the second of each. */
-  release(now: number, most: number): void {
+  /** Begins to read on from sockets that are held, if a turn hasn't begun already. */
+  readOn(): void {
+    if (this.isHolding && !this.#isUnderWay) this.#begin(this.#config.clock.now());
+  }
+
+  /** Reads on from some that are held: one of each flow first, flows that were read long ago before others. */
+  #release(now: number): void {
     const rounds = new Map<Flow, number>();
     const held = [...this.#held].map((socket) => {
-      const round = rounds.get(socket.data.flow) ?? 0;
-      rounds.set(socket.data.flow, round + 1);
-      return { socket, round };
+      const { flow } = socket.data;
+      const round = rounds.get(flow) ?? 0;
+      rounds.set(flow, round + 1);
+      return { socket, round, readIn: flow.readIn };
     });
-    for (const { socket } of held.sort((a, b) => a.round - b.round).slice(0, most)) {
+    held.sort((a, b) => a.round - b.round || a.readIn - b.readIn);
+    for (const { socket } of held.slice(0, this.#readOn)) {
       this.#held.delete(socket);
       this.#goOn(socket, now);
     }
+    this.#readOn = Math.min(TURN_SOCKETS, 2 * this.#readOn);
   }
 
   get isHolding(): boolean {
@@ -1726,12 +1739,20 @@ class Turns {
   }
 
   /**
-   * Counts what is read. After TURN_FRAMES the turn reads no more: all sockets are held, and `release` picks the order in
-   * which they are read on from. So nobody keeps the others waiting by sending much.
+   * Counts what is read. After TURN_FRAMES the turn reads no more of flows that have brought more than FLOW_FRAMES: their sockets are
+   * held, and the next turns read on from few at a time. So nobody keeps the others waiting by sending much.
    */
-  #takeIn(now: number): void {
+  #takeIn(socket: Socket, now: number): void {
     if (!this.#isUnderWay) this.#begin(now);
-    if (++this.#frames === TURN_FRAMES) this.hold(Infinity, 0);
+    const { flow, home } = socket.data;
+    if (flow.readIn !== this.#turn) {
+      flow.readIn = this.#turn;
+      flow.frames = 0;
+    }
+    flow.frames++;
+    if (++this.#frames < TURN_FRAMES || flow.frames < FLOW_FRAMES) return;
+    flow.frames = -Infinity; // held once in a turn is enough
+    this.hold((flow.room?.connected.values() ?? home.sockets.values()).filter(({ data }) => data.flow === flow));
   }
 
   #takeToken(socket: Socket, now: number): void {
@@ -1763,7 +1784,7 @@ class Turns {
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
     if (this.#behind.size === 0 && !canReadOn) return this.#rest.after(this.#begunAt, now, this.deliveries);
     this.#begin(now);
-    if (canReadOn) this.release(now, TURN_SOCKETS);
+    if (canReadOn) this.#release(now);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
@@ -2176,7 +2197,7 @@ class Memory {
 
   /** Cuts what is above the limit. */
   look(): void {
-    const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
+    const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
     if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
     let used = memory();
@@ -2191,11 +2212,18 @@ class Memory {
     const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
     this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
-    if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS, LOOK_SOCKETS);
-    else
-      this.#relay.turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
+    if (this.isShort && this.isFalling) this.#relay.turns.hold(this.#quietSockets(now - QUIET_HELD_MS));
+    else this.#relay.turns.readOn();
     this.#cancelNext();
     this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
+  }
+
+  /** The sockets that weren't heard since then (clock time), but for those of small rooms and of addresses with few. */
+  #quietSockets(since: number): Iterable<Socket> {
+    return this.#relay.sockets.values().filter(({ data: { heardAt, flow, home } }) => {
+      const sockets = flow.room?.connected.size ?? home.sockets.size;
+      return heardAt <= since && sockets > LOOK_SOCKETS;
+    });
   }
 
   /** In how many ms to look again: sooner than one core can fill what is left, if the sockets that are open can hold so much. */

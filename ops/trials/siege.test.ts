@@ -222,6 +222,31 @@ describe("rooms that share the relay", () => {
     expect(before).toBeLessThan((SOCKETS * PINGS) / 2);
     await until("all pongs", () => pongs === SOCKETS * PINGS);
   });
+
+  test("are read before all pings that somebody's many sockets had sent before, and while more come", async () => {
+    const [SOCKETS, PINGS] = [30, 20_000];
+    await using relay = sharing();
+    const pings = Buffer.concat(Array.from({ length: PINGS }, () => clientFrame("", { opcode: 9 })));
+    const flooders = await many(SOCKETS, () => RawSocket.open(relay.url));
+    let pongs = 0;
+    let isOver = false;
+    for (const flooder of flooders) {
+      let own = 0;
+      flooder.skim(({ length }) => {
+        pongs += length / 2;
+        own += length / 2;
+        if (own > 0 && own % PINGS === 0 && !isOver) flooder.write(pings);
+      });
+    }
+    const { host, guest } = await couple(relay.url);
+    const heard = guest.next().then((frame) => ({ frame, before: pongs }));
+    for (const flooder of flooders) flooder.write(pings);
+    host.send({ type: "send", data: "me, too" });
+    const { frame, before } = await within(heard, "the message");
+    isOver = true;
+    expect(frame).toMatchObject({ data: "me, too" });
+    expect(before).toBeLessThan((SOCKETS * PINGS) / 2);
+  });
 });
 
 describe("a relay that is short of memory", () => {
