@@ -23,6 +23,7 @@ import { availableParallelism } from "node:os";
 import { resolve } from "node:path";
 import { Client } from "../shared/client.ts";
 import { badUsage, readFlags } from "../shared/flags.ts";
+import { vitals } from "../shared/metrics.ts";
 import { Child, freePort, ROOT } from "../shared/processes.ts";
 import { nginx } from "../shared/proxies.ts";
 import { Random } from "../shared/random.ts";
@@ -38,6 +39,7 @@ const PROGRESS_MS = 15_000;
 const BEGIN_MS = 30_000;
 const EXTRA_MS = 90_000; // what a trial may need beyond its seconds: its setting up, and what is late
 const FULL_MS = 30_000; // in which memory has to have fallen
+const EMPTY_MS = 30_000; // a paused flooder's queue empties at the refill rate, a lingering room takes its time
 const WHOLE_MS = 90_000;
 const WARM_UP = 1.25; // a trial's warm-up is a fourth of its time, and comes on top
 const MEMORY_BYTES = 256 * 1024 * 1024; // what a machine of 512 MB is given by default
@@ -235,6 +237,11 @@ async function main(): Promise<void> {
   await phase(seconds, proxy.url);
   const last = await ask("finish");
   clearInterval(progress);
+  const isEmpty = async () => {
+    const { rooms, clients } = await vitals(relayUrl);
+    return rooms === 0 && clients === 0;
+  };
+  await until("rooms and members to be gone", isEmpty, EMPTY_MS).catch((error: Error) => fault(error.message));
   await endRelay("the end", "SIGTERM", drainSeconds * 1000 + PATIENCE_MS);
   await alerts.look();
 
