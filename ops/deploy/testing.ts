@@ -106,6 +106,7 @@ export function startNginx(url: string, file: string, edits: Edits, inside: stri
   });
 }
 
+/** nginx with `nginx.conf`. */
 export const nginx: Program = {
   name: "nginx",
   whyNot: whyNot("nginx"),
@@ -116,6 +117,7 @@ export const nginx: Program = {
   },
 };
 
+/** Caddy with the `Caddyfile`. */
 export const caddy: Program = {
   name: "Caddy",
   whyNot: whyNot("caddy"),
@@ -138,6 +140,7 @@ export const caddy: Program = {
   },
 };
 
+/** HAProxy with `haproxy.cfg`. */
 export const haproxy: Program = {
   name: "HAProxy",
   whyNot: whyNot("haproxy"),

@@ -13,7 +13,7 @@ import { inNamespace, openNetwork, dnsAddress, whyNoNetwork } from "./network.ts
 import { type Proxy, type ProxyEvent, startProxy } from "./proxy.ts";
 import { connect, formatHead } from "./wire.ts";
 
-export type FlyLocalOptions = {
+type FlyLocalOptions = {
   /** How many machines; they get the regions in turn. At most 999. */
   machines: number;
   /** Fly.io's region codes. */
@@ -30,7 +30,7 @@ export type FlyLocalOptions = {
 /** `exited` is told only of a relay that nobody stopped. */
 export type FlyEvent = ProxyEvent | { kind: "exited"; id: string; code: number };
 
-export type FlyMachine = {
+type FlyMachine = {
   id: string;
   /** Fly.io's region code. */
   region: string;

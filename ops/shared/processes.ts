@@ -8,7 +8,7 @@ export const ROOT = resolve(import.meta.dir, "../..");
 const START_MS = 20_000; // twenty may start at once on two cores
 const STOP_MS = 5_000; // then by force
 
-export type ChildOptions = {
+type ChildOptions = {
   /** Variables beside PATH and HOME; nothing else is handed on unless it is here. */
   env?: Record<string, string | undefined>;
   /** Where it runs; `ROOT` if absent. */
@@ -136,6 +136,7 @@ function portIn(line: string): number | undefined {
 
 /** `server.ts` as a process of its own. */
 export class RelayProcess extends Child {
+  /** Where it listens; 0 until then. */
   port = 0;
 
   get url(): string {
