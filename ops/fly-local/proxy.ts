@@ -35,7 +35,7 @@ type ProxyOptions = {
 export type Proxy = { url: string; close(): void };
 
 /** A `fly-replay` value that is as it should be. */
-export type Replay = {
+type Replay = {
   target: { instance: string } | { region: string };
   /** How long to try to reach the target. */
   timeoutMs: number;
@@ -61,7 +61,7 @@ export function startProxy(options: ProxyOptions): Proxy {
  * Reads a `fly-replay` value.
  * @throws an Error that names what is wrong with it
  */
-export function parseReplay(value: string, app: string): Replay {
+function parseReplay(value: string, app: string): Replay {
   const fields = new Map<string, string>();
   for (const part of value.split(";")) {
     const [, key = "", text = ""] = /^\s*([^=]*)=(.*?)\s*$/.exec(part) ?? [];

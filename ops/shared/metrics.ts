@@ -2,7 +2,7 @@
 import { PATIENCE_MS } from "./wait.ts";
 
 /** One line of Prometheus' text format. */
-export type Sample = { name: string; labels: Record<string, string>; value: number };
+type Sample = { name: string; labels: Record<string, string>; value: number };
 
 const SAMPLE = /^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\S+)$/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
