@@ -15,7 +15,9 @@ const PATIENCE_MS = 8_000;
 /** Its `sessionStorage` is its own, so that each tab is a player. */
 export class Tab {
   readonly #view: Bun.WebView;
-  #size: Size;
+  /** Its window has its size: done while other tabs still load. */
+  readonly #prepared: Promise<void>;
+  #isBlank = false;
   /** What the page has written to its console as an error. */
   readonly faults: string[] = [];
 
@@ -24,22 +26,24 @@ export class Tab {
       if (type === "error") this.faults.push(parts.join(" "));
     };
     this.#view = openPage({ ...size, console: onConsole });
-    this.#size = size;
+    this.#prepared = this.blank().then(() => this.resize(size)); // a tab that shows nothing has no size yet
+    this.#prepared.catch(() => {}); // `open` fails
   }
 
   /** Leaves the page, as who follows a link does. */
-  blank(): Promise<void> {
-    return this.#view.navigate("about:blank");
+  async blank(): Promise<void> {
+    await this.#view.navigate("about:blank");
+    this.#isBlank = true;
   }
   /** Loads a page anew, also if only the hash differs. */
   async open(url: string): Promise<void> {
-    await this.blank(); // a change of the hash alone would load nothing, and a new tab has no size yet
-    await this.resize(this.#size);
+    await this.#prepared;
+    if (!this.#isBlank) await this.blank(); // a change of the hash alone would load nothing
+    this.#isBlank = false;
     await this.#view.navigate(url);
   }
   /** Gives the page another window; one below 500 px is a phone's. */
   async resize(size: Size): Promise<void> {
-    this.#size = size;
     const mobile = size.width < 500;
     await this.#view.cdp("Emulation.setDeviceMetricsOverride", { ...size, mobile, deviceScaleFactor: 1 });
   }
