@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { whyNoBrowser } from "../shared/browser.ts";
-import { RelayProcess } from "../shared/processes.ts";
+import { Child, RelayProcess } from "../shared/processes.ts";
 import { Client, type Frame } from "../shared/client.ts";
 import { testRelay } from "../shared/relay.ts";
 import {
@@ -166,29 +166,16 @@ describe("colours", () => {
 describe("bun run demo", () => {
   /** Runs it until it says where the page is. */
   async function start(env: Record<string, string>) {
-    const child = Bun.spawn([process.execPath, `${import.meta.dir}/start.ts`], {
-      env: { PATH: process.env.PATH, DEMO_PORT: "0", ...env },
-      stdout: "pipe",
-    });
-    let said = "";
-    const decoder = new TextDecoder();
-    for await (const chunk of child.stdout) {
-      said += decoder.decode(chunk, { stream: true });
-      if (said.includes("Demo:")) break;
-    }
-    const page = /Demo: +(\S+)/.exec(said)?.[1];
-    const stop = async () => {
-      child.kill();
-      await child.exited;
-    };
-    return { said, page, [Symbol.asyncDispose]: stop };
+    const child = new Child([process.execPath, `${import.meta.dir}/start.ts`], { env: { DEMO_PORT: "0", ...env } });
+    const [, page = ""] = await child.line(/^Demo: +(\S+)/);
+    return { said: child.lines.join("\n"), page, [Symbol.asyncDispose]: () => child[Symbol.asyncDispose]() };
   }
   const health = (relay: string) => fetch(`${relay}health`).then((answer) => answer.json());
 
   test("serves the page and starts a relay if none answers", async () => {
     await using demo = await start({ PORT: "0" });
     expect(demo.said).toContain("started here");
-    const html = await (await fetch(demo.page!)).text();
+    const html = await (await fetch(demo.page)).text();
     expect(html).toContain("<title>Buzzer</title>");
     const script = /<script[^>]+src="([^"]+)"/.exec(html)?.[1] ?? "";
     const code = await (await fetch(new URL(script, demo.page))).text();
@@ -196,14 +183,14 @@ describe("bun run demo", () => {
     expect(code).not.toContain("fly-replay"); // of the relay only types are imported
     const place = await (await fetch(`${demo.page}/place.json`)).json();
     expect(await health(place.relay)).toEqual({ status: "ok" });
-    expect(place.page).toEndWith(new URL(demo.page!).port);
+    expect(place.page).toEndWith(new URL(demo.page).port);
   });
 
   test("uses the relay that answers, under the name by which the page was found", async () => {
     await using relay = testRelay();
     await using demo = await start({ PORT: String(relay.port) });
     expect(demo.said).not.toContain("started here");
-    const address = demo.page!.replace("localhost", "127.0.0.1");
+    const address = demo.page.replace("localhost", "127.0.0.1");
     const place = await (await fetch(`${address}/place.json`)).json();
     expect(place.relay).toBe(`http://127.0.0.1:${relay.port}/`);
   });
