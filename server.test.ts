@@ -1,5 +1,6 @@
 import { describe, expect, test } from "bun:test";
 import { Client } from "./ops/shared/client.ts";
+import { Random } from "./ops/shared/random.ts";
 import { TestClock, testRelay } from "./ops/shared/relay.ts";
 import { encodeCode, newCode, regionOf, REGIONS } from "./regions.ts";
 import type { ClientMessage, Config, Incoming, Route, Siblings } from "./server.ts";
@@ -8,6 +9,7 @@ import {
   configFromEnv,
   ConfigError,
   flyCluster,
+  isJson,
   nginxCluster,
   parseMachines,
   route,
@@ -490,6 +492,31 @@ describe("send", () => {
     for (let i = 0; i < 100; i++) expect(await p.host.next()).toEqual({ type: "message", from: 1, data: i });
     expect(await p.host.next()).toEqual({ type: "peer_left", index: 1 });
   });
+});
+
+test("100,000 texts with a long run in them are JSON if the engine's parser says so", () => {
+  const dice = new Random(1);
+  const RUN = "plain text, as it stands in a drawing. ".repeat(40);
+  const PIECES = ['"', '"', '"', "\\", '\\"', "\\\\", "\\n", "\\u00e9", "\\x", "\n", "\x7f", "\u2028", "\ud800", "é", "😀", "ab"];
+  const AROUND = ["{", "}", "[", "]", ":", ",", '"a"', '""', "1", "-", "true", "nul", " ", "\t"];
+  const wholes = [(text: string) => text, (text: string) => `{"a":${text}}`, (text: string) => `[1,${text},{"b":null}]`];
+  const some = (most: number, pieces: string[]) => Array.from({ length: dice.below(most) }, () => dice.pick(pieces)).join("");
+  const counts = { valid: 0, invalid: 0 };
+  for (let i = 0; i < 100_000; i++) {
+    const run = dice.chance(0.9) ? RUN : Array.from({ length: 300 }, (_, n) => n).join(",");
+    const contents = dice.chance(0.3) ? run : some(3, PIECES) + run + some(3, PIECES);
+    const text = some(3, dice.chance(0.5) ? [""] : AROUND) + dice.pick(wholes)(`"${contents}"`) + some(2, AROUND);
+    let isValid = true;
+    try {
+      JSON.parse(text);
+    } catch {
+      isValid = false;
+    }
+    counts[isValid ? "valid" : "invalid"]++;
+    if (isJson(text) !== isValid) expect.unreachable(`isJson says ${!isValid} of ${text.replaceAll(RUN, "…")}`);
+  }
+  expect(counts.valid).toBeGreaterThan(10_000);
+  expect(counts.invalid).toBeGreaterThan(10_000);
 });
 
 describe("a socket that closes", () => {
@@ -1483,6 +1510,7 @@ describe("room codes", () => {
   });
   test("the table is append-only: 18 rows in their places", () => {
     expect(REGIONS.join(" ")).toBe("ams arn bom cdg dfw ewr fra gru iad jnb lax lhr nrt ord sin sjc syd yyz");
+    expect(REGIONS.length).toBeLessThanOrEqual(32); // what five bits can name
   });
 });
 

@@ -241,11 +241,29 @@ function isSpace(code: number): boolean {
 }
 const isDigit = (code: number): boolean => code >= 0x30 && code <= 0x39;
 
-const LONG_DATA = 1024; // characters; from here on looking is cheaper than parsing, which copies: 8 % of a 16 KiB broadcast
+const LONG_DATA = 1024; // characters; from here on looking at a text is cheaper than parsing it, which copies
 const NOT_PLAIN = /[\\\x00-\x1f]/;
-/** Whether a text is a JSON string without escapes. */
-function isPlainString(text: string): boolean {
-  return text.charCodeAt(0) === 0x22 && text.indexOf('"', 1) === text.length - 1 && !NOT_PLAIN.test(text);
+
+/**
+ * Whether a text is one JSON value; throws nothing. A long string in its middle, as in `{"png":"iVBOR…"}`, is only looked at, and
+ * what is parsed has an empty one there. One is valid if the other is: a string without backslashes and control characters is as good
+ * as `""`; and if the quotes were the end of one string and the beginning of another, now side by side they are no JSON.
+ */
+export function isJson(text: string): boolean {
+  let brief = text;
+  if (text.length >= LONG_DATA) {
+    const middle = text.length >> 1;
+    const opens = text.lastIndexOf('"', middle);
+    const closes = text.indexOf('"', middle + 1);
+    const isMost = opens >= 0 && closes - opens > middle;
+    if (isMost && !NOT_PLAIN.test(text.slice(opens, closes))) brief = text.slice(0, opens + 1) + text.slice(closes);
+  }
+  try {
+    JSON.parse(brief);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 const SEND_HEAD = '{"type":"send",';
@@ -287,12 +305,7 @@ function parseUsualSend(frame: string): Send | undefined {
   start += DATA.length;
   if (isSpace(frame.charCodeAt(start)) || isSpace(frame.charCodeAt(end - 1))) return undefined; // not part of it
   const data = frame.slice(start, end);
-  try {
-    if (data.length < LONG_DATA || !isPlainString(data)) JSON.parse(data);
-  } catch {
-    return undefined;
-  }
-  return { type: "send", data, to };
+  return isJson(data) ? { type: "send", data, to } : undefined;
 }
 
 /** The index after the JSON value that starts at `at`; `json` is known to be valid. */
@@ -379,6 +392,7 @@ const URL_BYTES = 512; // fits a QR code that a phone reads across a room
 const TARGETS = 64; // slots that one `send` may name
 const OFFER_BYTES = 16; // of a slot offer's token; 22 characters of base64url
 const OFFER_MS = 300_000; // long enough to find the other phone and scan a code
+const PROTOCOLS_LENGTH = 1_000; // characters of a Sec-WebSocket-Protocol header: Bun's answer repeats it, and proxies keep few KB
 const ORIGIN_LENGTH = 256; // characters of an Origin header that are kept
 const ORIGIN_SHOWN = 100; // characters of it in /metrics
 const ORIGINS_KEPT = 500; // Origin headers are the clients' to invent
@@ -408,13 +422,15 @@ const CALL_WORK = 6; // of a system call: each frame to one socket is one; what 
 const SIT_WORK = 20; // of a member that sits down
 const TURN_WORK = 6_000; // that a turn does at most, shared by the rooms: some 3 ms
 const TURN_FRAMES = 8192; // that a turn reads at most: as many tiny ones as one read brings, some 2 ms
-const TURN_SOCKETS = 256; // that a turn reads on from, after one that had to stop reading
+const FLOW_FRAMES = 256; // of one flow, after which a turn that has read so much reads no more of that flow
+const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
 const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
 const BURST_MS = 2_000; // a full bucket holds what the rate gives in this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are read on from, if it has a token
 const GOODBYE_MS = 5_000; // how long the frames that a properly closed socket left behind may wait to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // during a turn of this length enough frames have gathered: no rest after it
+const ALONE_BYTES = 16 * 1024; // a frame from here on leaves in a system call of its own, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
 const WITHHELD_MS = 12; // so much later than due, and not for work of ours: more than a competing process does
@@ -514,8 +530,9 @@ export type Config = Record<LimitName, number> & {
   addressHeader: string | undefined;
   log: Log;
   clock: Clock;
-  /** How many absent or barred clientIds a room remembers, and all rooms together. */
+  /** How many absent or barred clientIds a room remembers. */
   knownPerRoom: number;
+  /** How many of them all rooms together remember. */
   knownInAll: number;
   /** How old the text of `/metrics` may be, in ms: nobody can keep the relay busy with scrapes. */
   metricsMs: number;
@@ -620,8 +637,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     );
   if (!/^[\x21-\x7e]{0,256}$/.test(config.instance))
     faults.push("INSTANCE_ID must be at most 256 visible ASCII characters: it is sent in a header");
-  const position = flyRegion === undefined ? 0 : REGIONS.indexOf(flyRegion);
-  if (position < 0 || position > 31)
+  if (flyRegion !== undefined && !REGIONS.includes(flyRegion))
     faults.push(`FLY_REGION ${JSON.stringify(flyRegion)} has no row: append ${JSON.stringify(flyRegion)} to regions.ts`);
   if (config.dashboardUrl !== undefined) {
     const url = URL.parse(config.dashboardUrl);
@@ -714,10 +730,11 @@ class Room {
   /** Slots with nobody on them, the longest gone first; without the host's. */
   readonly absent = new Set<Slot>();
   readonly flow: Flow = new Flow(this);
-  /** What the room's one timer waits for: nobody is connected, or the host is away. */
-  waiting: "linger" | "host" | undefined;
-  waitEnds = 0;
-  cancelWait = () => {};
+  /** Which countdown runs, if any: for a room with nobody connected, or for a host who is away. */
+  countdown: "linger" | "host" | undefined;
+  /** When it ends (clock time). */
+  countdownEnds = 0;
+  cancelCountdown = () => {};
   /** Bytes broadcast so far. A member that wasn't heard from during many of them was too slow. */
   published = 0;
 
@@ -725,11 +742,14 @@ class Room {
     readonly relay: Relay,
     readonly code: string,
     readonly creator: Address,
-    readonly origin: Origin, // the creator's
+    /** The creator's. */
+    readonly origin: Origin,
     readonly url: string | undefined,
     public maxClients: number,
-    readonly linger: number, // seconds; 0: none
-    readonly hostGrace: number, // seconds; 0: none
+    /** Seconds; 0: none. */
+    readonly linger: number,
+    /** Seconds; 0: none. */
+    readonly hostGrace: number,
     readonly migrate: boolean,
   ) {}
 }
@@ -744,7 +764,7 @@ class Session {
   readonly bucket: Bucket;
   /** Frames that wait to be handled; undefined if the socket isn't paused. */
   queue: (string | Buffer)[] | undefined;
-  /** The flow whose turn the first of them waits for. */
+  /** The flow whose turn the first frame of `queue` waits for. */
   waitsFor: Flow | undefined;
   /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. */
   goodbye: { leave(): void; cancel(): void } | undefined;
@@ -774,7 +794,7 @@ class Address {
   /** The flow of its sockets that are in no room. */
   readonly flow = new Flow();
   readonly sockets = new Set<Socket>();
-  /** How many of the rooms it created. */
+  /** How many of the rooms that there are it has created. */
   rooms = 0;
   /** Slots with nobody on them in those rooms, the longest gone first; without the hosts'. */
   readonly absent = new Set<Slot>();
@@ -795,7 +815,14 @@ const zeros = <K extends string>(keys: readonly K[]): Record<K, number> =>
   Object.fromEntries(keys.map((key) => [key, 0])) as Record<K, number>;
 
 /** Where a relay is in its life. */
-type Stage = { name: "serving" } | { name: "draining"; /** Clock time. */ ends: number } | { name: "ended" };
+type Stage =
+  | { name: "serving" }
+  | {
+      name: "draining";
+      /** Clock time. */
+      ends: number;
+    }
+  | { name: "ended" };
 
 /** All that a relay has in memory. Two of them share nothing. */
 class Relay {
@@ -908,7 +935,7 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
   const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
-  relay.turns.deliveries += receivers;
+  if (bytes < ALONE_BYTES) relay.turns.deliveries += receivers;
   relay.turns.work += receivers * (1 + bytes / WORK_BYTES);
   return bytes;
 }
@@ -931,7 +958,7 @@ function publishNow(room: Room, frame: string, except?: Socket): void {
   const receivers = connected.size - (except === undefined ? 0 : 1);
   const sent = except === undefined ? relay.server.publish(code, frame) : except.publishText(code, frame);
   room.published += delivered(relay, receivers, sent, frame);
-  relay.turns.wake(room.flow, receivers);
+  relay.turns.countCalls(room.flow, receivers);
 }
 
 const say = (socket: Socket, message: ServerMessage) => write(socket, frameOf(message));
@@ -1048,20 +1075,20 @@ function depart(socket: Socket, slot: Slot, why: Disconnect, reason?: "left" | "
   else dropRoom(room);
 }
 
-/** Starts, keeps or stops the room's one timer, depending on who is connected. */
+/** Starts, keeps or stops the room's countdown, depending on who is connected. */
 function settle(room: Room): void {
   const { clock } = room.relay.config;
   const isEmpty = room.connected.size === 0;
   const isHostAway = room.hostGrace > 0 && !room.connected.has(room.host);
-  const waiting = isEmpty ? "linger" : isHostAway ? "host" : undefined;
-  if (waiting === room.waiting) return;
-  room.cancelWait();
-  room.cancelWait = () => {};
-  room.waiting = waiting;
-  if (waiting === undefined) return;
+  const countdown = isEmpty ? "linger" : isHostAway ? "host" : undefined;
+  if (countdown === room.countdown) return;
+  room.cancelCountdown();
+  room.cancelCountdown = () => {};
+  room.countdown = countdown;
+  if (countdown === undefined) return;
   const ms = 1000 * (isEmpty ? room.linger : room.hostGrace);
-  room.waitEnds = clock.now() + ms;
-  room.cancelWait = clock.after(ms, () => {
+  room.countdownEnds = clock.now() + ms;
+  room.cancelCountdown = clock.after(ms, () => {
     if (isEmpty) dropRoom(room);
     else if (room.migrate) migrateHost(room);
     else closeRoom(room, "room_closed");
@@ -1079,7 +1106,7 @@ function migrateHost(room: Room): void {
 /** Ends a room that nobody is connected to. */
 function dropRoom(room: Room): void {
   const { relay, creator } = room;
-  room.cancelWait();
+  room.cancelCountdown();
   relay.rooms.delete(room.code);
   for (const slot of room.absent) unremember(slot);
   room.origin.rooms--;
@@ -1113,7 +1140,8 @@ type Row<T extends MessageType> = {
   | { who: "member"; handle(socket: Socket, message: Message<T>, slot: Slot): Outcome }
   | {
       who: "host";
-      /** Completes "Only the host can …". */ deed: string;
+      /** Completes "Only the host can …". */
+      deed: string;
       handle(socket: Socket, message: Message<T>, slot: Slot): Outcome;
     }
 );
@@ -1173,14 +1201,14 @@ function roomsToGiveUp(relay: Relay): Room[] {
   const byCreator = new Map<Address, Room[]>();
   relay.turns.work += relay.rooms.size / 100; // looking at each of them is work, too
   for (const room of relay.rooms.values()) {
-    if (room.waiting !== "linger") continue;
+    if (room.countdown !== "linger") continue;
     const others = byCreator.get(room.creator);
     if (others === undefined) byCreator.set(room.creator, [room]);
     else others.push(room);
   }
   let most: Room[] = [];
   for (const rooms of byCreator.values()) if (rooms.length > most.length) most = rooms;
-  return most.sort((a, b) => a.waitEnds - b.waitEnds);
+  return most.sort((a, b) => a.countdownEnds - b.countdownEnds);
 }
 
 /** Makes place for another room. @returns whether there is one */
@@ -1240,12 +1268,12 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       return fields as Message<"join">;
     },
     handle(socket, { clientId, room: code, claim }) {
-      const { relay, slot, address } = socket.data;
+      const { relay, address } = socket.data;
       const { turns, socketMisses: misses } = relay;
-      if (slot !== undefined) return refuse("already_in_room");
+      if (socket.data.slot !== undefined) return refuse("already_in_room");
       const room = relay.rooms.get(code);
-      const known = room?.known.get(clientId);
-      if (known === undefined && misses.isOver(address) && !(room && sitsIn(room, address))) {
+      let slot = room?.known.get(clientId);
+      if (slot === undefined && misses.isOver(address) && !(room && sitsIn(room, address))) {
         capReached(relay, "misses");
         return refuse("too_many_attempts");
       }
@@ -1256,34 +1284,35 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       // A join is work of the room that it is for: it waits until that room's turn, and the room pays for it.
       if (!turns.isUpToDate(room.flow)) return room.flow;
       turns.payFrom(room.flow);
-      const claimed = known === undefined && claim !== undefined ? slotOffered(room, claim) : undefined;
-      if (known === undefined && claim !== undefined && claimed === undefined) {
-        misses.add(address);
-        return refuse("claim_not_found");
+      if (slot === undefined && claim !== undefined) {
+        slot = slotOffered(room, claim);
+        if (slot === undefined) {
+          misses.add(address);
+          return refuse("claim_not_found");
+        }
       }
-      const own = known ?? claimed;
-      if (own?.barred) return refuse("kicked");
-      if (own === undefined && room.locked) return refuse("room_locked");
-      const old = own && room.connected.get(own.index);
+      if (slot?.barred) return refuse("kicked");
+      if (slot === undefined && room.locked) return refuse("room_locked");
+      const old = slot && room.connected.get(slot.index);
       if (old !== undefined && socket.data.goodbye !== undefined) return; // it has closed meanwhile, and replaces nobody
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
-      if (claimed !== undefined) handOver(claimed, clientId);
-      const mine = own ?? addSlot(room, clientId);
-      const kind: Join = old !== undefined ? "replaced" : own !== undefined ? "resumed" : "new";
+      const kind: Join = old !== undefined ? "replaced" : slot !== undefined ? "resumed" : "new";
       const resumed = kind === "resumed" || undefined;
+      slot ??= addSlot(room, clientId);
+      if (slot.clientId !== clientId) handOver(slot, clientId); // it was claimed
       if (old !== undefined) {
-        stand(old, mine, "replaced");
+        stand(old, slot, "replaced");
         hangUp(old, CloseCode.REPLACED, "replaced");
       }
       const peers = [...room.connected.keys()].sort((a, b) => a - b);
       relay.joins[kind]++;
-      sit(socket, mine);
+      sit(socket, slot);
       settle(room);
       say(socket, {
         type: "joined",
         room: code,
-        index: mine.index,
+        index: slot.index,
         peers,
         host: room.host || undefined,
         resumed,
@@ -1292,7 +1321,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       });
       if (room.state !== undefined) write(socket, room.state);
       tellDraining(socket);
-      if (kind !== "replaced") announce(room, { type: "peer_joined", index: mine.index, resumed }, socket);
+      if (kind !== "replaced") announce(room, { type: "peer_joined", index: slot.index, resumed }, socket);
     },
   },
 
@@ -1511,8 +1540,11 @@ class Flow {
   credit = 0;
   /** The turn in which `credit` was last added to. */
   turn = -1;
-  /** The turn in which its members were sent something last. */
-  wokenIn = -1;
+  /** The turn in which it was read last, and how many of its frames that turn has read. */
+  readIn = -1;
+  frames = 0;
+  /** The turn in which the system calls of a broadcast were last counted. */
+  calledIn = -1;
   /** Sockets whose next frame waits for this flow; one frame of each in turn. */
   readonly waiting = new Set<Socket>();
   /** What had no credit, or is large: the room's members are sent it before anything else is handled for the room. */
@@ -1560,8 +1592,10 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
-  /** Sockets that aren't read from, because this turn has read much or memory is short. */
+  /** Sockets that aren't read from, because their flow has brought much or memory is short. */
   readonly #held = new Set<Socket>();
+  /** How many of them the next turn reads on from: one, and twice as many after each turn in which no more were held. */
+  #readOn = 1;
   #cancelRefill: (() => void) | undefined;
   readonly #rest: Rest;
 
@@ -1574,7 +1608,7 @@ class Turns {
   /** Takes a frame that was read: handles it, or lets it wait. */
   received(socket: Socket, frame: string | Buffer, now: number): void {
     const session = socket.data;
-    this.#takeIn(now);
+    this.#takeIn(socket, now);
     if (session.queue !== undefined) {
       if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
@@ -1586,7 +1620,7 @@ class Turns {
 
   /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
   receivedPing(socket: Socket, now: number): void {
-    this.#takeIn(now);
+    this.#takeIn(socket, now);
     this.#takeToken(socket, now);
   }
 
@@ -1596,9 +1630,9 @@ class Turns {
   }
 
   /** Counts the system calls of a room's first broadcast in a turn; later ones share them. */
-  wake(flow: Flow, receivers: number): void {
-    if (flow.wokenIn === this.#turn) return;
-    flow.wokenIn = this.#turn;
+  countCalls(flow: Flow, receivers: number): void {
+    if (flow.calledIn === this.#turn) return;
+    flow.calledIn = this.#turn;
     this.work += CALL_WORK * receivers;
   }
 
@@ -1636,29 +1670,36 @@ class Turns {
     if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
-  /** Reads no more from sockets that weren't heard since then (clock time), if their flow has more than so many sockets. */
-  hold(since: number, most: number): void {
-    for (const socket of this.#relay.sockets) {
-      const { queue, heardAt, flow, home } = socket.data;
-      const sockets = flow.room?.connected.size ?? home.sockets.size;
-      if (queue !== undefined || heardAt > since || sockets <= most) continue;
+  /** Reads no more from these sockets. */
+  hold(sockets: Iterable<Socket>): void {
+    this.#readOn = 1;
+    for (const socket of sockets) {
+      if (socket.data.queue !== undefined) continue;
       this.#pause(socket);
       this.#held.add(socket);
     }
   }
 
-  /** Reads on from so many of those that are held: from the first of each flow first, then from the second of each. */
-  release(now: number, most: number): void {
+  /** Begins to read on from sockets that are held, if a turn hasn't begun already. */
+  readOn(): void {
+    if (this.isHolding && !this.#isUnderWay) this.#begin(this.#config.clock.now());
+  }
+
+  /** Reads on from some that are held: one of each flow first, flows that were read long ago before others. */
+  #release(now: number): void {
     const rounds = new Map<Flow, number>();
     const held = [...this.#held].map((socket) => {
-      const round = rounds.get(socket.data.flow) ?? 0;
-      rounds.set(socket.data.flow, round + 1);
-      return { socket, round };
+      const { flow } = socket.data;
+      const round = rounds.get(flow) ?? 0;
+      rounds.set(flow, round + 1);
+      return { socket, round, readIn: flow.readIn };
     });
-    for (const { socket } of held.sort((a, b) => a.round - b.round).slice(0, most)) {
+    held.sort((a, b) => a.round - b.round || a.readIn - b.readIn);
+    for (const { socket } of held.slice(0, this.#readOn)) {
       this.#held.delete(socket);
       this.#goOn(socket, now);
     }
+    this.#readOn = Math.min(TURN_SOCKETS, 2 * this.#readOn);
   }
 
   get isHolding(): boolean {
@@ -1698,12 +1739,20 @@ class Turns {
   }
 
   /**
-   * Counts what is read. After TURN_FRAMES the turn reads no more: all sockets are held, and `#readOnInTurn` picks the order in
-   * which they are read on from. So nobody keeps the others waiting by sending much.
+   * Counts what is read. After TURN_FRAMES the turn reads no more of flows that have brought more than FLOW_FRAMES: their sockets are
+   * held, and the next turns read on from few at a time. So nobody keeps the others waiting by sending much.
    */
-  #takeIn(now: number): void {
+  #takeIn(socket: Socket, now: number): void {
     if (!this.#isUnderWay) this.#begin(now);
-    if (++this.#frames === TURN_FRAMES) this.hold(Infinity, 0);
+    const { flow, home } = socket.data;
+    if (flow.readIn !== this.#turn) {
+      flow.readIn = this.#turn;
+      flow.frames = 0;
+    }
+    flow.frames++;
+    if (++this.#frames < TURN_FRAMES || flow.frames < FLOW_FRAMES) return;
+    flow.frames = -Infinity; // held once in a turn is enough
+    this.hold((flow.room?.connected.values() ?? home.sockets.values()).filter(({ data }) => data.flow === flow));
   }
 
   #takeToken(socket: Socket, now: number): void {
@@ -1735,7 +1784,7 @@ class Turns {
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
     if (this.#behind.size === 0 && !canReadOn) return this.#rest.after(this.#begunAt, now, this.deliveries);
     this.#begin(now);
-    if (canReadOn) this.release(now, TURN_SOCKETS);
+    if (canReadOn) this.#release(now);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
@@ -2148,7 +2197,7 @@ class Memory {
 
   /** Cuts what is above the limit. */
   look(): void {
-    const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
+    const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
     if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
     let used = memory();
@@ -2163,11 +2212,18 @@ class Memory {
     const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
     this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
-    if (this.isShort && this.isFalling) this.#relay.turns.hold(now - QUIET_HELD_MS, LOOK_SOCKETS);
-    else
-      this.#relay.turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
+    if (this.isShort && this.isFalling) this.#relay.turns.hold(this.#quietSockets(now - QUIET_HELD_MS));
+    else this.#relay.turns.readOn();
     this.#cancelNext();
     this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
+  }
+
+  /** The sockets that weren't heard since then (clock time), but for those of small rooms and of addresses with few. */
+  #quietSockets(since: number): Iterable<Socket> {
+    return this.#relay.sockets.values().filter(({ data: { heardAt, flow, home } }) => {
+      const sockets = flow.room?.connected.size ?? home.sockets.size;
+      return heardAt <= since && sockets > LOOK_SOCKETS;
+    });
   }
 
   /** In how many ms to look again: sooner than one core can fill what is left, if the sockets that are open can hold so much. */
@@ -2793,6 +2849,8 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
     const wanted = { "Sec-WebSocket-Version": WEBSOCKET_VERSION, Upgrade: "websocket" };
     return reply(426, { error: "Unsupported WebSocket version" }, wanted); // Bun's own lacks the CORS headers
   }
+  if ((request.headers.get("sec-websocket-protocol")?.length ?? 0) > PROTOCOLS_LENGTH)
+    return reply(400, { error: "Sec-WebSocket-Protocol is too long" });
   if (cluster !== undefined && code !== undefined && !relay.rooms.has(code)) relay.socketMisses.add(address);
   const name = origin ? copyOf(origin.slice(0, ORIGIN_LENGTH)) : "unknown";
   if (server.upgrade(request, { data: new Session(relay, address, name) })) return undefined;

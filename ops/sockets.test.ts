@@ -506,6 +506,17 @@ describe("HTTP that no browser sends", () => {
       if (status === 426) expect(answer.toLowerCase()).toContain("\r\nsec-websocket-version: 13\r\n");
     });
 
+  test("an upgrade that names protocols of more than 1,000 characters gets 400; of 1,000 it is taken, and they are repeated", async () => {
+    await using relay = testRelay();
+    const answer = (length: number) => answerTo(relay.url, handshake("/", { "Sec-WebSocket-Protocol": "p".repeat(length) }));
+    const taken = await answer(1_000);
+    expect(taken).toStartWith("HTTP/1.1 101 ");
+    expect(taken).toContain("p".repeat(1_000));
+    const refused = await answer(1_001);
+    expect(refused).toStartWith("HTTP/1.1 400 ");
+    expect(refused).not.toContain("ppp");
+  });
+
   test("HEAD with the headers of an upgrade is answered as HEAD", async () => {
     await using relay = testRelay();
     const answer = await answerTo(

@@ -5,7 +5,16 @@ import { runModel } from "./model.ts";
 /** What a run must have met, so that it can say something: frames by type, refusals by message, closes by code. */
 const MET = [
   ...["created", "joined", "peer_joined", "peer_left", "message", "state", "room", "host", "left", "pong", "draining"],
-  ...["slot_offer", "claimed", "4000 replaced", "4001 room closed", "4002 kicked", "1008 too many attempts"],
+  ...[
+    "slot_offer",
+    "claimed",
+    "forgotten in a room",
+    "forgotten in all rooms",
+    "4000 replaced",
+    "4001 room closed",
+    "4002 kicked",
+    "1008 too many attempts",
+  ],
   ...["Claim not found", "Target peer not found (away)", "Too many attempts", "claim must be a string", "200", "404", "429"],
   ...["Invalid JSON", "Unknown message type", "Already in a room", "Not in a room", "Room not found", "Room is full"],
   ...["Room is locked", "Kicked from room", "Server full", "Target peer not found", "Cannot kick yourself"],

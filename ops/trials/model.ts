@@ -24,6 +24,8 @@ const CONFIG = {
   maxRooms: 5,
   maxMessagesPerSecond: 0, // a burst must not be paused
   maxMissesPerMinute: 4,
+  knownPerRoom: 3,
+  knownInAll: 4,
   drainSeconds: 60,
   addressHeader: "X-Forwarded-For",
 };
@@ -38,8 +40,6 @@ const TARGETS = 64;
 const ORIGIN_LENGTH = 256;
 const OFFER_MS = 300_000;
 const MINUTE_MS = 60_000;
-const KNOWN_PER_ROOM = 1000;
-const KNOWN_IN_ALL = 100_000;
 
 /** A message ending in this stands for any message that starts so: the rest is the relay's to word. */
 const ELLIPSIS = "…";
@@ -86,7 +86,7 @@ class Slot {
   barred = false;
   /** Its token, if a client that is still there saw it. */
   offer: { token: string | undefined; until: number } | undefined;
-  /** When it became vacant: a number that grows. */
+  /** When it became vacant, or the room had another host: a number that grows. */
   vacantSince = 0;
   constructor(
     readonly room: Room,
@@ -186,8 +186,12 @@ class Model {
   tokens: string[] = [];
   readonly #lookUpMisses = new Misses();
   readonly #socketMisses = new Misses();
+  /** Addresses with a socket or a room, the longest here first; and some that have neither any more. */
+  readonly #addresses = new Set<string>();
   /** Slots that went to another clientId. */
   claimed = 0;
+  /** Slots that were forgotten for their number: in one room, and in all. */
+  readonly forgotten = { inRoom: 0, inAll: 0 };
   #departures = 0;
 
   constructor(
@@ -214,6 +218,9 @@ class Model {
 
   open(originHeader: string | undefined, address: string): Twin {
     const twin = new Twin(originHeader?.slice(0, ORIGIN_LENGTH) ?? "unknown", address);
+    const isHere = (one: { address: string }) => one.address === address;
+    if (![...this.twins, ...this.rooms.values()].some(isHere)) this.#addresses.delete(address); // it comes anew
+    this.#addresses.add(address);
     this.twins.add(twin);
     return twin;
   }
@@ -314,13 +321,17 @@ class Model {
       delete slot.room.slots[slot.index];
     };
     const absent = room.slots.filter((slot) => slot.absent);
-    if (absent.length > KNOWN_PER_ROOM) drop(absent);
-    const byAddress = new Map<string, Slot[]>([[room.address, []]]);
-    for (const { address, slots } of this.rooms.values())
-      byAddress.set(address, [...(byAddress.get(address) ?? []), ...slots.filter((slot) => slot.absent)]);
+    if (absent.length > CONFIG.knownPerRoom) {
+      drop(absent);
+      this.forgotten.inRoom++;
+    }
+    // Of addresses that have equally many, the room's own counts first, then who has been here longest.
+    const byAddress = new Map<string, Slot[]>([room.address, ...this.#addresses].map((address) => [address, []]));
+    for (const { address, slots } of this.rooms.values()) byAddress.get(address)?.push(...slots.filter((slot) => slot.absent));
     const all = [...byAddress.values()];
-    if (all.reduce((sum, { length }) => sum + length, 0) <= KNOWN_IN_ALL) return;
+    if (all.reduce((sum, { length }) => sum + length, 0) <= CONFIG.knownInAll) return;
     drop(all.reduce((most, slots) => (slots.length > most.length ? slots : most)));
+    this.forgotten.inAll++;
   }
 
   #closeRoom(room: Room, code: number, reason: string): void {
@@ -362,6 +373,8 @@ class Model {
   }
 
   #setHost(room: Room, index: number): void {
+    const former = room.slots[room.host];
+    if (former !== undefined && former.twin === undefined) former.vacantSince = ++this.#departures;
     room.host = index;
     this.#forget(room);
     this.#tellAll(room, { type: "host", index });
@@ -1110,7 +1123,9 @@ class Run {
     }
     if (!this.#over) await this.#outlast();
     await this.#sync(this.#links);
-    this.tally.seen.set("claimed", this.model.claimed);
+    const { claimed, forgotten } = this.model;
+    const noted = { claimed, "forgotten in a room": forgotten.inRoom, "forgotten in all rooms": forgotten.inAll };
+    for (const [label, times] of Object.entries(noted)) if (times > 0) this.tally.seen.set(label, times);
     let ended = false;
     void this.relay.ended.then(() => (ended = true));
     await this.#until("the relay to end", async () => {

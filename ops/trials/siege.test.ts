@@ -131,6 +131,124 @@ describe("while a room floods", () => {
   });
 });
 
+describe("rooms that share the relay", () => {
+  /** Nothing limits anybody but the turns: no bucket, no memory; and the clock stands still, so that no time is rested. */
+  const sharing = () => testRelay({ clock: new TestClock(), maxMessagesPerSecond: 0, maxMemoryBytes: 0, maxBufferedBytes: 0 });
+
+  /** Numbered messages to slot 1, of which a turn has few: each is a system call. */
+  const toGuest = (frames: number) =>
+    Buffer.concat(Array.from({ length: frames }, (_, data) => clientFrame(JSON.stringify({ type: "send", to: 1, data }))));
+
+  test("are heard in rotation, even if a turn hasn't shares for all of them", async () => {
+    const FRAMES = 4_000;
+    await using relay = sharing();
+    const rooms = (await many(16, () => crowd(relay.url, 2))) as [Member, Member][];
+    const heard = () => rooms.map(([, guest]) => guest.frames.count);
+    let whenOneWasThrough: number[] | undefined;
+    for (const [, { frames }] of rooms)
+      frames.onText = () => {
+        if (frames.count === FRAMES) whenOneWasThrough ??= heard();
+      };
+    for (const [host] of rooms) host.raw.write(toGuest(FRAMES));
+    const counts = await until("a room to be through", () => whenOneWasThrough);
+    expect(Math.min(...counts)).toBeGreaterThan(FRAMES / 2);
+    await until("all to be through", () => heard().every((count) => count >= FRAMES));
+    expect(heard()).toEqual(rooms.map(() => FRAMES));
+  });
+
+  test("wait for their next message as long as the last one was dear", async () => {
+    const [SIZE, DEAR, FRAMES] = [200, 8, 6_000];
+    await using relay = sharing();
+    const [sender, listener] = (await crowd(relay.url, SIZE)) as [Member, Member];
+    const rooms = (await many(12, () => crowd(relay.url, 2))) as [Member, Member][];
+    const fewest = () => Math.min(...rooms.map(([, guest]) => guest.frames.count));
+    const between = { first: NaN, last: NaN };
+    listener.frames.onText = () => {
+      if (listener.frames.count === 1) between.first = fewest();
+      if (listener.frames.count === DEAR) between.last = fewest();
+    };
+    const [[, guest]] = rooms as [[Member, Member]];
+    guest.frames.onText = () => {
+      if (guest.frames.count === 500) sender.raw.write(flood(DEAR)); // everybody is behind now
+    };
+    for (const [host] of rooms) host.raw.write(toGuest(FRAMES));
+    await until("the dear messages", () => listener.frames.count === DEAR);
+    // A message to 199 members costs what some 170 to one do, so each of the other rooms is heard that often meanwhile.
+    expect(between.last).toBeLessThan(FRAMES);
+    expect((between.last - between.first) / (DEAR - 1)).toBeGreaterThan(110);
+  });
+
+  test("are heard before many large messages that were whole before theirs", async () => {
+    const ROOMS = 16;
+    await using relay = testRelay({ maxMessageBytes: MEBI, maxBufferedBytes: 0, maxMemoryBytes: 0, clock: new TestClock() });
+    const begun = new Set<number>();
+    const rooms = await many(ROOMS, async (i) => {
+      const host = await RawSocket.open(relay.url);
+      host.send({ type: "create", clientId: "host", maxClients: 3 });
+      const { room } = await host.next();
+      const guests = await many(2, (n) => Member.sit(relay.url, { type: "join", clientId: `guest ${n}`, room }));
+      const large = JSON.stringify({ type: "send", data: "x".repeat(600_000) });
+      host.write(Buffer.concat([clientFrame(large, { fin: false }), clientFrame("", { opcode: 9 })]));
+      for (let frame = await host.nextFrame(); frame?.opcode !== 10; frame = await host.nextFrame()); // all but its end is there
+      return { host, guests, i };
+    });
+    const { host, guest } = await couple(relay.url);
+    for (const { guests } of rooms) guests[0]?.raw.send({ type: "ping" });
+    await until("a turn with all rooms", () => rooms.every(({ guests }) => (guests[0]?.frames.count ?? 0) > 0));
+    for (const { guests, i } of rooms) for (const { raw } of guests) raw.skim(() => begun.add(i));
+    begun.clear();
+    const heard = guest.next().then((frame) => ({ frame, before: begun.size }));
+    for (const room of rooms) room.host.write(clientFrame("", { opcode: 0 }));
+    host.send({ type: "send", data: "me, too" });
+    const { frame, before } = await within(heard, "the small message");
+    expect(frame).toMatchObject({ data: "me, too" });
+    expect(before).toBeLessThan(ROOMS / 2);
+    await until("the large messages", () => begun.size === ROOMS);
+  });
+
+  test("leave a request over HTTP its turn before all pings that many sockets had sent before it are read", async () => {
+    const [SOCKETS, PINGS] = [30, 20_000];
+    await using relay = sharing();
+    let pongs = 0;
+    const pings = Buffer.concat(Array.from({ length: PINGS }, () => clientFrame("", { opcode: 9 })));
+    const flooders = await many(SOCKETS, () => RawSocket.open(relay.url));
+    for (const flooder of flooders) flooder.skim(({ length }) => (pongs += length / 2));
+    const asker = await RawSocket.connect(relay.url);
+    const answered = asker.head().then((head) => ({ head, before: pongs }));
+    for (const flooder of flooders) flooder.write(pings);
+    asker.write("GET /health HTTP/1.1\r\nHost: relay\r\n\r\n");
+    const { head, before } = await within(answered, "the answer");
+    expect(head).toStartWith("HTTP/1.1 200 OK");
+    expect(before).toBeLessThan((SOCKETS * PINGS) / 2);
+    await until("all pongs", () => pongs === SOCKETS * PINGS);
+  });
+
+  test("are read before all pings that somebody's many sockets had sent before, and while more come", async () => {
+    const [SOCKETS, PINGS] = [30, 20_000];
+    await using relay = sharing();
+    const pings = Buffer.concat(Array.from({ length: PINGS }, () => clientFrame("", { opcode: 9 })));
+    const flooders = await many(SOCKETS, () => RawSocket.open(relay.url));
+    let pongs = 0;
+    let isOver = false;
+    for (const flooder of flooders) {
+      let own = 0;
+      flooder.skim(({ length }) => {
+        pongs += length / 2;
+        own += length / 2;
+        if (own > 0 && own % PINGS === 0 && !isOver) flooder.write(pings);
+      });
+    }
+    const { host, guest } = await couple(relay.url);
+    const heard = guest.next().then((frame) => ({ frame, before: pongs }));
+    for (const flooder of flooders) flooder.write(pings);
+    host.send({ type: "send", data: "me, too" });
+    const { frame, before } = await within(heard, "the message");
+    isOver = true;
+    expect(frame).toMatchObject({ data: "me, too" });
+    expect(before).toBeLessThan((SOCKETS * PINGS) / 2);
+  });
+});
+
 describe("a relay that is short of memory", () => {
   const BOUND = 112 * MEBI;
   const env = { MAX_MEMORY_BYTES: String(BOUND), ADDRESS_HEADER: "X-Forwarded-For" };
