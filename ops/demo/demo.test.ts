@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { whyNoBrowser } from "../shared/browser.ts";
-import { RelayProcess } from "../shared/processes.ts";
+import { Child, RelayProcess } from "../shared/processes.ts";
 import { Client, type Frame } from "../shared/client.ts";
 import { testRelay } from "../shared/relay.ts";
 import {
@@ -166,29 +166,16 @@ describe("colours", () => {
 describe("bun run demo", () => {
   /** Runs it until it says where the page is. */
   async function start(env: Record<string, string>) {
-    const child = Bun.spawn([process.execPath, `${import.meta.dir}/start.ts`], {
-      env: { PATH: process.env.PATH, DEMO_PORT: "0", ...env },
-      stdout: "pipe",
-    });
-    let said = "";
-    const decoder = new TextDecoder();
-    for await (const chunk of child.stdout) {
-      said += decoder.decode(chunk, { stream: true });
-      if (said.includes("Demo:")) break;
-    }
-    const page = /Demo: +(\S+)/.exec(said)?.[1];
-    const stop = async () => {
-      child.kill();
-      await child.exited;
-    };
-    return { said, page, [Symbol.asyncDispose]: stop };
+    const child = new Child([process.execPath, `${import.meta.dir}/start.ts`], { env: { DEMO_PORT: "0", ...env } });
+    const [, page = ""] = await child.line(/^Demo: +(\S+)/);
+    return { said: child.lines.join("\n"), page, [Symbol.asyncDispose]: () => child[Symbol.asyncDispose]() };
   }
   const health = (relay: string) => fetch(`${relay}health`).then((answer) => answer.json());
 
   test("serves the page and starts a relay if none answers", async () => {
     await using demo = await start({ PORT: "0" });
     expect(demo.said).toContain("started here");
-    const html = await (await fetch(demo.page!)).text();
+    const html = await (await fetch(demo.page)).text();
     expect(html).toContain("<title>Buzzer</title>");
     const script = /<script[^>]+src="([^"]+)"/.exec(html)?.[1] ?? "";
     const code = await (await fetch(new URL(script, demo.page))).text();
@@ -196,14 +183,14 @@ describe("bun run demo", () => {
     expect(code).not.toContain("fly-replay"); // of the relay only types are imported
     const place = await (await fetch(`${demo.page}/place.json`)).json();
     expect(await health(place.relay)).toEqual({ status: "ok" });
-    expect(place.page).toEndWith(new URL(demo.page!).port);
+    expect(place.page).toEndWith(new URL(demo.page).port);
   });
 
   test("uses the relay that answers, under the name by which the page was found", async () => {
     await using relay = testRelay();
     await using demo = await start({ PORT: String(relay.port) });
     expect(demo.said).not.toContain("started here");
-    const address = demo.page!.replace("localhost", "127.0.0.1");
+    const address = demo.page.replace("localhost", "127.0.0.1");
     const place = await (await fetch(`${address}/place.json`)).json();
     expect(place.relay).toBe(`http://127.0.0.1:${relay.port}/`);
   });
@@ -216,7 +203,7 @@ describe.skipIf(whyNoBrowser !== undefined)(`in a browser${whyNoBrowser ?? ""}`,
   let demo: Bun.Server<undefined>;
   let page: string;
   beforeAll(async () => {
-    relay = await RelayProcess.start({ DRAIN_SECONDS: "1" });
+    relay = await RelayProcess.start();
     demo = serveDemo({ port: 0, relay: relay.url });
     page = demo.url.origin;
   });
@@ -441,9 +428,14 @@ describe.skipIf(whyNoBrowser !== undefined)(`in a browser${whyNoBrowser ?? ""}`,
     await guest.open(`${page}/#${room}`);
     await host.says("#headcount", "1 in");
 
-    const stopped = relay.stop("SIGTERM");
-    await Promise.all([host, guest].map((tab) => tab.says("#bannerText", "The relay restarts within")));
-    await Promise.all([host, guest].map((tab) => tab.says("#bannerText", "The relay is restarting")));
+    const inBoth = (text: string) => Promise.all([host, guest].map((tab) => tab.says("#bannerText", text)));
+    // They come back after a random time of 0.5 to 3 s: here after 0.75 s.
+    await Promise.all([host, guest].map((tab) => tab.evaluate("void (Math.random = () => 0.1)")));
+    relay.signal("SIGTERM");
+    await inBoth("The relay restarts within");
+    const restarting = inBoth("The relay is restarting");
+    const stopped = relay.stop("SIGTERM"); // the second signal ends the drain
+    await restarting;
     await guest.says("#latency", "No connection");
     await host.says("#headcount", "No connection");
     for (const id of ["#start", "#lock", "#finish", row(1)]) expect(await works(host, id)).toBe(false);
@@ -451,7 +443,7 @@ describe.skipIf(whyNoBrowser !== undefined)(`in a browser${whyNoBrowser ?? ""}`,
     await host.press("Enter");
     expect(await host.evaluate<string>("document.querySelector('#hosting').dataset.phase")).toBe("lobby");
     await stopped;
-    relay = await RelayProcess.start({ PORT: String(relay.port), DRAIN_SECONDS: "1" });
+    relay = await RelayProcess.start({ PORT: String(relay.port) });
 
     await host.says("#bannerText", "new room");
     const next = await host.until<string>(

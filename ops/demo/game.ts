@@ -5,9 +5,11 @@
 
 /** Guests that one room takes. From the thirteenth on they share colours. */
 export const MAX_PLAYERS = 24;
-export const NAME_LENGTH = 16; // characters as people count them; fits the list on a phone
-export const NAME_UNITS = 48; // as JavaScript counts them: four families; the names of a full room fit its state
-export const QUESTION_LENGTH = 140; // characters; readable from the sofa
+const NAME_LENGTH = 16; // characters as people count them; fits the list on a phone
+/** The longest name in UTF-16 code units, as JavaScript and `maxlength` count: four families; those of a full room fit its state. */
+export const NAME_UNITS = 48;
+/** The longest question in UTF-16 code units; readable from the sofa. */
+export const QUESTION_LENGTH = 140;
 
 /** Label, background and text colour of a slot; the two contrast by 4.5 or more. */
 export const COLOURS = [
@@ -27,13 +29,14 @@ export const COLOURS = [
 
 const PHASES = ["lobby", "ready", "open", "won", "over"] as const;
 
-export type Player = {
+type Player = {
   /** What the player calls itself; may be empty. */
   name: string;
   score: number;
   kicked?: true;
 };
 
+/** What the host keeps as the room's state, and everybody shows. */
 export type Game = {
   phase: (typeof PHASES)[number];
   /** Names one opening of the buzzer. It can't be guessed, so nobody presses before it is open. */
@@ -49,10 +52,12 @@ export type Game = {
   players: Record<number, Player>;
 };
 
+/** A game that nobody has joined, in its lobby. */
 export function newGame(): Game {
   return { phase: "lobby", round: "", question: "", winner: null, reactionMs: 0, out: [], players: {} };
 }
 
+/** A name for an opening of the buzzer: 96 random bits, at most 21 letters and digits. */
 export function newRound(): string {
   return Array.from(crypto.getRandomValues(new Uint32Array(3)), (part) => part.toString(36)).join("");
 }
@@ -87,6 +92,7 @@ export function rematch({ players }: Game): Game {
   return { ...newGame(), phase: "ready", players: Object.fromEntries(anew) };
 }
 
+/** The colour of the player in a slot; slots 12 apart share one. */
 export function colourOf(slot: number): (typeof COLOURS)[number] {
   return COLOURS[Math.max(0, slot - 1) % COLOURS.length]!;
 }

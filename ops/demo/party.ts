@@ -10,10 +10,9 @@
 export type ClientMessage =
   | { type: "create"; clientId: string; maxClients: number; linger?: number; hostGrace?: number; migrate?: boolean; url?: string }
   | { type: "join"; clientId: string; room: string; claim?: string }
-  | { type: "send"; data: unknown; to?: number | number[]; echo?: boolean }
+  | ({ type: "send"; data: unknown; to?: number | number[]; echo?: boolean } | { type: "leave" } | { type: "ping"; t?: number })
   | ({ type: "set_state"; data: unknown } | { type: "set_room"; locked?: boolean; maxClients?: number } | { type: "close_room" })
-  | ({ type: "kick"; index: number } | { type: "set_host"; index: number } | { type: "offer_slot"; index?: number })
-  | ({ type: "leave" } | { type: "ping"; t?: number });
+  | ({ type: "kick"; index: number } | { type: "set_host"; index: number } | { type: "offer_slot"; index?: number });
 /** What the relay sends. */
 export type ServerMessage<Data = unknown> =
   | { type: "created"; room: string; instance: string; region: string; index: 0; url?: string }
@@ -31,11 +30,10 @@ export type ErrorCode =
 const OVER = { REPLACED: 4000, ROOM_CLOSED: 4001, KICKED: 4002 } as const;
 /** With what the relay closes a socket. What is `OVER` isn't tried again. */
 export const CloseCode = { ...OVER, TOO_MANY_ATTEMPTS: 1008, INTERNAL_ERROR: 1011, RESTARTING: 1012, SERVER_FULL: 1013 } as const;
-
 /** What a member may send; entering a room is the client's own business. */
 export type Command = Exclude<ClientMessage, { type: "create" | "join" }>;
+/** How it stands with the room: in it; on the way there; until the next try; out for good. */
 export type Status = {
-  /** In the room; on the way there; until the next try; for good. */
   state: "open" | "connecting" | "waiting" | "closed";
   /** What ended the last connection: a close code and its reason, or a refusal's code and message. */
   code?: number | ErrorCode | "left" | "closed";
@@ -54,7 +52,8 @@ export type Events<Incoming = unknown> = { [M in ServerMessage<Incoming> as M["t
 };
 /** What the promises of this client reject with. */
 export type Failure = Error & { code: NonNullable<Status["code"]> | "deadline" };
-export type SendOptions = { to?: number | number[] | undefined; echo?: boolean | undefined; keepMs?: number | undefined };
+type SendOptions = { to?: number | number[] | undefined; echo?: boolean | undefined; keepMs?: number | undefined };
+/** What `connect` needs: `url`, and `room`, `create` or a storage that remembers a room. */
 export type Options = {
   /** The relay: ws, wss, http or https. */
   url: string;
@@ -73,6 +72,7 @@ export type Options = {
   /** Where sockets, timers and the rest come from; tests pass their own. */
   env?: typeof globalThis | undefined;
 };
+/** A member's way into its room, as `connect` gives it. */
 export type Party<Incoming = any, Outgoing = any> = ReturnType<typeof connect<Incoming, Outgoing>>;
 
 const PING_MS = 5_000; // between an answer and the next ping

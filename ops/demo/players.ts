@@ -2,7 +2,7 @@
 import { labelOf, playerOf, slotsOf, type Game } from "./game.ts";
 import { byId, enable, paint, setText } from "./ui.ts";
 
-export type Presence = "here" | "away" | "back";
+type Presence = "here" | "away" | "back";
 
 /** Empties the list. @param choose called with the slot of a player that is pressed. @returns what shows a game in it */
 export function playerList(choose: (slot: number) => void) {

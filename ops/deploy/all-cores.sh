@@ -1,10 +1,9 @@
 #!/bin/sh
 # A relay on each core of this machine, named by its port, behind nginx. Needs systemd and Debian's nginx, Bun and the relay
-# where party-sockets.service says, and root:
+# where party-sockets.service has them, and root:
 #   ops/deploy/all-cores.sh [RELAYS]        as many relays as this, rather than one a core
-# Variables for all of them go to /etc/party-sockets.env. Afterwards
-#   systemctl restart party-sockets@4501                                       drains one and starts it anew: one after another
-#   journalctl -u 'party-sockets@*'
+# Variables for all of them go to /etc/party-sockets.env; journalctl -u 'party-sockets@*' is their log. How to put a new version
+# there without ending a game: ops/operators.md.
 # To change their number, run it again and restart the relays, which learn of each other when they start; stop by hand what is
 # too many: systemctl disable --now party-sockets@4504
 set -eu

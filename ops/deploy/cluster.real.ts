@@ -24,8 +24,8 @@ type Cluster = AsyncDisposable & {
   hosts(): Promise<{ id: string; room: string; host: Client }[]>;
 };
 
-/** Starts three relays, named by their ports, and nginx. @param env more variables of the relays */
-async function startCluster(env: Record<string, string> = {}): Promise<Cluster> {
+/** Starts three relays, named by their ports, and nginx. @param env more variables of the relays @param settings more of nginx */
+async function startCluster(env: Record<string, string> = {}, settings = ""): Promise<Cluster> {
   await using starting = new AsyncDisposableStack();
   let stack = starting;
   const ids = Array.from({ length: 3 }, () => `${freePort()}`);
@@ -34,8 +34,11 @@ async function startCluster(env: Record<string, string> = {}): Promise<Cluster> 
     relays.set(id, stack.use(await RelayProcess.start({ ...peersEnv(ids), PORT: id, INSTANCE_ID: id, ...env })));
   };
   await Promise.all(ids.map(start));
-  const entrance = async (...chosen: string[]): Promise<Proxy> =>
-    stack.use(await startClusterNginx(chosen, { "worker_processes 1": "worker_processes 2" }));
+  const edits = {
+    "worker_processes 1": "worker_processes 2",
+    "http { include": `http { ${settings} include`,
+  };
+  const entrance = async (...chosen: string[]): Promise<Proxy> => stack.use(await startClusterNginx(chosen, edits));
   const proxy = await entrance(...ids);
   stack = starting.move();
   return {
@@ -270,11 +273,11 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
   });
 
   test("go on, all of them, if a client has made nginx believe that each of them failed", async () => {
-    await using cluster = await startCluster();
+    await using cluster = await startCluster({}, "proxy_buffer_size 1k;");
     const hosts = await cluster.hosts();
     for (let n = 0; n < 4 * cluster.ids.length; n++) {
       const raw = await RawSocket.connect(cluster.url);
-      raw.write(handshake("/", { "Sec-WebSocket-Protocol": "x".repeat(8_000) })); // comes back, in an answer too long for nginx
+      raw.write(handshake("/", { "Sec-WebSocket-Protocol": "x".repeat(1_000) })); // comes back, in an answer too long for this nginx
       expect(await raw.head()).toStartWith("HTTP/1.1 502 ");
     }
     const disabled = cluster.nginx.process.lines.filter((line) => line.includes("temporarily disabled"));

@@ -1,4 +1,4 @@
-/** The relay behind HAProxy and Caddy, and what a reload of each proxy does to a game that runs. */
+/** The relay behind nginx, HAProxy and Caddy, and what a reload of each proxy does to a game that runs. */
 import { describe, expect, test } from "bun:test";
 import { Client } from "../shared/client.ts";
 import { testRelay } from "../shared/relay.ts";
@@ -6,6 +6,7 @@ import { until } from "../shared/wait.ts";
 import { describeBehind } from "./behind.ts";
 import { caddy, type Edits, haproxy, nginx, type Program, type Proxy } from "../shared/proxies.ts";
 
+describeBehind(nginx, { "proxy_read_timeout 60s;": "proxy_read_timeout 2s;" }, true);
 describeBehind(haproxy, { "client 30s": "client 1s", "server 30s": "server 1s", "tunnel 60s": "tunnel 2s" }, true);
 
 // Caddy has no timeout for WebSockets; those that it has for requests must not end one.

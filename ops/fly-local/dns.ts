@@ -4,7 +4,7 @@ import type { Socket } from "bun";
 /** A machine as its DNS records show it. `address` is an IPv6 address. */
 export type DnsMachine = { id: string; region: string; address: string };
 
-export type DnsOptions = {
+type DnsOptions = {
   /** The app whose `<app>.internal` names are served. */
   app: string;
   hostname: string;
@@ -14,7 +14,7 @@ export type DnsOptions = {
   machines: () => DnsMachine[];
 };
 
-export type DnsServer = {
+type DnsServer = {
   port: number;
   /** While true, queries are read and never answered. */
   silent: boolean;

@@ -5,12 +5,11 @@ import { Resolver } from "node:dns/promises";
 import { readdirSync } from "node:fs";
 import { newCode } from "../../regions.ts";
 import { Client } from "../shared/client.ts";
+import { Child, run } from "../shared/processes.ts";
 import { type DnsMachine, startDns } from "./dns.ts";
 import { whyNoNetwork } from "./network.ts";
 import { type Proxy, type ProxyEvent, type ProxyMachine, startProxy } from "./proxy.ts";
 import { type FlyEvent, type FlyLocal, liveMachines, startFlyLocal } from "./start.ts";
-
-const root = `${import.meta.dir}/../..`;
 
 describe("DNS", () => {
   const machinesOf = (count: number): DnsMachine[] =>
@@ -341,14 +340,10 @@ describe.skipIf(reason !== null)(`five relays in two regions${skipped}`, () => {
   }
 
   test("pass the live tests", async () => {
-    const child = Bun.spawn([process.execPath, "test", "./live.test.ts"], {
-      cwd: root,
-      env: { ...process.env, LIVE_URL: fly.url, LIVE_MACHINES: liveMachines(fly) },
-      stdio: ["ignore", "pipe", "pipe"],
-    });
-    const printed = (await new Response(child.stdout).text()) + (await new Response(child.stderr).text());
-    expect(printed).toMatch(/\n 8 pass\n 0 fail\n/); // and none skipped
-    expect(await child.exited).toBe(0);
+    const env = { LIVE_URL: fly.url, LIVE_MACHINES: liveMachines(fly) };
+    const { exitCode, stdout, stderr } = await run([process.execPath, "test", "./live.test.ts"], { env });
+    expect(stdout + stderr).toMatch(/\n 8 pass\n 0 fail\n/); // and none skipped
+    expect(exitCode).toBe(0);
   }, 30_000);
 
   test("find every room from every machine, over HTTP and WebSocket, 100 times of 100", async () => {
@@ -507,41 +502,25 @@ describe.skipIf(reason !== null)(`twenty relays in one region${skipped}`, () => 
 });
 
 describe("the command", () => {
-  const start = (args: string[], environment: Record<string, string | undefined>) =>
-    Bun.spawn([process.execPath, "run", `${import.meta.dir}/start.ts`, ...args], {
-      env: environment,
-      stdio: ["pipe", "pipe", "pipe"],
-    });
+  const command = [process.execPath, "run", `${import.meta.dir}/start.ts`];
 
   test("says what is missing where it can't run, and exits 1", async () => {
-    const child = start([], { PATH: "/nowhere" });
-    expect(await new Response(child.stderr).text()).toContain("fly-local can't run: ");
-    expect(await child.exited).toBe(1);
+    const { exitCode, stderr } = await run(command, { env: { PATH: "/nowhere" } });
+    expect(stderr).toContain("fly-local can't run: ");
+    expect(exitCode).toBe(1);
   });
 
   test.skipIf(reason !== null).each(["quit", "SIGINT"])(
     `prints the machines, takes commands, and leaves nothing behind on %s${skipped}`,
     async (ending) => {
-      const child = start(["--machines", "2", "--port", "0"], process.env);
-      let printed = "";
-      const decoder = new TextDecoder();
-      let step = 0;
-      for await (const chunk of child.stdout) {
-        printed += decoder.decode(chunk);
-        if (step === 0 && printed.includes("quit\n")) {
-          step = 1;
-          expect(namespaces(child.pid)).toHaveLength(3);
-          child.stdin.write("stop 2\nlist\n");
-          await child.stdin.flush();
-        } else if (step === 1 && printed.includes("stopped\n")) {
-          step = 2;
-          if (ending === "SIGINT") child.kill("SIGINT");
-          else child.stdin.write("quit\n");
-          await child.stdin.flush();
-        }
-      }
-      expect(printed).toContain("  d8910000000002  iad  fdaa:0:1:a7b::2  stopped\n");
-      expect(printed).toMatch(/entry: http:\/\/127\.0\.0\.1:\d+\n/);
+      await using child = new Child([...command, "--machines", "2", "--port", "0"]);
+      await child.line(/^entry: http:\/\/127\.0\.0\.1:\d+$/);
+      await child.line(/quit$/);
+      expect(namespaces(child.pid)).toHaveLength(3);
+      child.type("stop 2\nlist\n");
+      await child.line(/^  d8910000000002  iad  fdaa:0:1:a7b::2  stopped$/);
+      if (ending === "SIGINT") child.signal("SIGINT");
+      else child.type("quit\n");
       expect(await child.exited).toBe(ending === "SIGINT" ? 130 : 0);
       expect(namespaces(child.pid)).toEqual([]);
     },

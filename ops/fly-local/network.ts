@@ -8,7 +8,7 @@ import { closeSync, existsSync, mkdirSync, openSync, readdirSync, readFileSync, 
 /** Where machines find DNS, as on Fly.io. */
 export const dnsAddress = "fdaa::3";
 
-export type Network = {
+type Network = {
   /** The namespace in which machines can be reached and DNS listens. */
   edge: string;
   /** Adds a machine with an address in fdaa::/16, and gives the name of its namespace. */

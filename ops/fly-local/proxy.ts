@@ -9,7 +9,8 @@ import { connect, formatHead, type Head, listen, type Wire } from "./wire.ts";
 /** A machine that the proxy may route to. */
 export type ProxyMachine = { id: string; region: string; address: string; port: number };
 
-export type FailureReason = "timeout" | "retries_exhausted" | "no_candidate";
+/** Why a replay's target wasn't reached, in Fly.io's words. */
+type FailureReason = "timeout" | "retries_exhausted" | "no_candidate";
 
 /** What the proxy tells about a request. `replay` is the answer's `fly-replay`, `from` and `to` are machine ids. */
 export type ProxyEvent = { path: string; from: string } & (
@@ -18,7 +19,7 @@ export type ProxyEvent = { path: string; from: string } & (
   | { kind: "error"; message: string }
 );
 
-export type ProxyOptions = {
+type ProxyOptions = {
   app: string;
   hostname: string;
   /** 0 takes a free one. */
@@ -30,10 +31,11 @@ export type ProxyOptions = {
   dial?: typeof connect;
 };
 
+/** A proxy that runs: where clients connect, and what stops it, with all connections. */
 export type Proxy = { url: string; close(): void };
 
 /** A `fly-replay` value that is as it should be. */
-export type Replay = {
+type Replay = {
   target: { instance: string } | { region: string };
   /** How long to try to reach the target. */
   timeoutMs: number;
@@ -59,7 +61,7 @@ export function startProxy(options: ProxyOptions): Proxy {
  * Reads a `fly-replay` value.
  * @throws an Error that names what is wrong with it
  */
-export function parseReplay(value: string, app: string): Replay {
+function parseReplay(value: string, app: string): Replay {
   const fields = new Map<string, string>();
   for (const part of value.split(";")) {
     const [, key = "", text = ""] = /^\s*([^=]*)=(.*?)\s*$/.exec(part) ?? [];

@@ -5,15 +5,16 @@
  *
  * dns.ts and proxy.ts are what Fly.io does, network.ts is the wires, wire.ts the TCP under the proxy.
  */
-import type { Subprocess } from "bun";
 import { REGIONS } from "../../regions.ts";
 import { badUsage, readFlags } from "../shared/flags.ts";
+import { Child } from "../shared/processes.ts";
+import { until } from "../shared/wait.ts";
 import { startDns } from "./dns.ts";
 import { inNamespace, openNetwork, dnsAddress, whyNoNetwork } from "./network.ts";
 import { type Proxy, type ProxyEvent, startProxy } from "./proxy.ts";
 import { connect, formatHead } from "./wire.ts";
 
-export type FlyLocalOptions = {
+type FlyLocalOptions = {
   /** How many machines; they get the regions in turn. At most 999. */
   machines: number;
   /** Fly.io's region codes. */
@@ -30,7 +31,7 @@ export type FlyLocalOptions = {
 /** `exited` is told only of a relay that nobody stopped. */
 export type FlyEvent = ProxyEvent | { kind: "exited"; id: string; code: number };
 
-export type FlyMachine = {
+type FlyMachine = {
   id: string;
   /** Fly.io's region code. */
   region: string;
@@ -64,14 +65,12 @@ export type FlyLocal = AsyncDisposable & {
   accepted(id: string): number;
 };
 
-type Machine = FlyMachine & { netName: string; namespace: string; relay: Subprocess | null };
+type Machine = FlyMachine & { netName: string; namespace: string; relay: Child | null };
 
 const app = "party-sockets";
 const mostMachines = 999; // their ids count in three digits
 const relayPort = 8080;
 const startMs = 20_000; // twenty relays start at once on two cores
-const pollMs = 20;
-const root = `${import.meta.dir}/../..`;
 
 /**
  * Starts a Fly.io of `machines` relays; resolves when all of them answer.
@@ -87,7 +86,7 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
     process.off("exit", close);
     for (const machine of machines) {
       machine.started = false;
-      machine.relay?.kill("SIGKILL");
+      machine.relay?.signal("SIGKILL");
     }
     for (const closer of closers.splice(0)) closer();
     network.close();
@@ -95,28 +94,18 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
   process.on("exit", close);
 
   async function launch(machine: Machine): Promise<void> {
-    const relay = Bun.spawn(["ip", "netns", "exec", machine.namespace, process.execPath, "run", "server.ts"], {
-      cwd: root,
-      env: {
-        PATH: process.env.PATH ?? "",
-        PORT: `${relayPort}`,
-        FLY_APP_NAME: app,
-        FLY_REGION: machine.region,
-        FLY_MACHINE_ID: machine.id,
-        FLY_PRIVATE_IP: machine.address,
-        ...options.env,
-      },
-      stdio: ["ignore", "pipe", "pipe"],
-    });
+    const command = ["ip", "netns", "exec", machine.namespace, process.execPath, "run", "server.ts"];
+    const env = {
+      PORT: `${relayPort}`,
+      FLY_APP_NAME: app,
+      FLY_REGION: machine.region,
+      FLY_MACHINE_ID: machine.id,
+      FLY_PRIVATE_IP: machine.address,
+      ...options.env,
+    };
+    const relay = new Child(command, { env, onLine: (line) => options.onLine?.(machine.id, line) });
     machine.relay = relay;
     machine.started = true;
-    const printed: string[] = [];
-    for (const stream of [relay.stdout, relay.stderr]) {
-      void eachLine(stream, (line) => {
-        if (printed.length < 20) printed.push(line); // to tell why a start failed
-        options.onLine?.(machine.id, line);
-      });
-    }
     void relay.exited.then((code) => {
       machine.relay = null;
       if (!machine.started) return;
@@ -124,13 +113,11 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
       options.onEvent?.({ kind: "exited", id: machine.id, code });
     });
 
-    const until = performance.now() + startMs;
-    while (!(await isHealthy(machine.address, dial))) {
-      if (relay.exitCode !== null || performance.now() > until) {
-        throw new Error(`${machine.id} doesn't answer; it printed:\n${printed.join("\n")}`);
-      }
-      await Bun.sleep(pollMs);
-    }
+    const answers = async (): Promise<boolean> => {
+      if (relay.exitCode !== null) throw new Error(`${machine.id} ended; it printed:\n${relay.lines.join("\n")}`);
+      return isHealthy(machine.address, dial);
+    };
+    await until(`an answer of ${machine.id}`, answers, startMs);
   }
 
   const find = (id: string): Machine => {
@@ -175,12 +162,12 @@ export async function startFlyLocal(options: FlyLocalOptions): Promise<FlyLocal>
       async stop(id) {
         const machine = find(id);
         machine.started = false;
-        machine.relay?.kill("SIGTERM");
+        machine.relay?.signal("SIGTERM");
         await machine.relay?.exited;
       },
       async crash(id) {
         const { relay } = find(id);
-        relay?.kill("SIGKILL");
+        relay?.signal("SIGKILL");
         await relay?.exited;
       },
       silence(id) {
@@ -221,17 +208,6 @@ async function isHealthy(address: string, dial: typeof connect): Promise<boolean
   const answer = await wire.head();
   wire.destroy();
   return answer?.start.split(" ")[1] === "200";
-}
-
-async function eachLine(stream: ReadableStream<Uint8Array>, take: (line: string) => void): Promise<void> {
-  const decoder = new TextDecoder();
-  let rest = "";
-  for await (const chunk of stream) {
-    const lines = (rest + decoder.decode(chunk, { stream: true })).split("\n");
-    rest = lines.pop() ?? "";
-    lines.forEach(take);
-  }
-  if (rest !== "") take(rest);
 }
 
 function describe(event: FlyEvent): string {

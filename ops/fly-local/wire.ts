@@ -84,6 +84,7 @@ export class Wire {
     if (!this.closed) this.#socket.terminate();
   }
 
+  /** For the socket's handlers, as are the two below: bytes have come. */
   received(chunk: Buffer): void {
     this.#received = Buffer.concat([this.#received, chunk]);
     this.#gotData();

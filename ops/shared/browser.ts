@@ -16,6 +16,8 @@ export function openPage(options: Pick<Bun.WebView.ConstructorOptions, "width" |
         "--disable-dev-shm-usage",
         "--disable-component-update", // nothing from outside
         "--disable-sync",
+        "--renderer-process-limit=1", // starting a process takes longer than most of what pages are tried with
+        "--disable-site-isolation-trials", // which would start one for each site all the same
       ],
     },
   });

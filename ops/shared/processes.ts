@@ -138,6 +138,7 @@ function portIn(line: string): number | undefined {
 
 /** `server.ts` as a process of its own. */
 export class RelayProcess extends Child {
+  /** Where it listens; 0 until then. */
   port = 0;
 
   get url(): string {

@@ -109,6 +109,7 @@ export function startNginx(url: string, file: string, edits: Edits, inside: stri
   });
 }
 
+/** nginx with `nginx.conf`. */
 export const nginx: Program = {
   name: "nginx",
   whyNot: whyNot("nginx"),
@@ -146,6 +147,7 @@ export async function startClusterNginx(ids: string[], edits: Edits = {}, inside
   return { ...proxy, [Symbol.asyncDispose]: () => running.disposeAsync() };
 }
 
+/** Caddy with the `Caddyfile`. */
 export const caddy: Program = {
   name: "Caddy",
   whyNot: whyNot("caddy"),
@@ -168,6 +170,7 @@ export const caddy: Program = {
   },
 };
 
+/** HAProxy with `haproxy.cfg`. */
 export const haproxy: Program = {
   name: "HAProxy",
   whyNot: whyNot("haproxy"),

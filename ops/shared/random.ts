@@ -20,10 +20,12 @@ export class Random {
     return Math.floor(this.next() * n);
   }
 
+  /** True as often as `probability`, from 0 to 1, says. */
   chance(probability: number): boolean {
     return this.next() < probability;
   }
 
+  /** One of the items, each as often. There has to be one. */
   pick<T>(items: readonly T[]): T {
     return items[this.below(items.length)] as T;
   }
@@ -36,6 +38,7 @@ export class Random {
     return entries[0]![0];
   }
 
+  /** So many bytes of any value. */
   bytes(n: number): Buffer {
     return Buffer.from(Array.from({ length: n }, () => this.below(256)));
   }

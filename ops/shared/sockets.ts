@@ -1,7 +1,7 @@
 /** TCP sockets for tests and tools that do what no WebSocket client does: raw bytes, odd frames, half-closes, resets, pauses. */
 
 /** What `clientFrame` may do otherwise than a WebSocket client does. */
-export type FrameOptions = {
+type FrameOptions = {
   /** 1, text, if absent. */
   opcode?: number;
   fin?: boolean;
@@ -50,10 +50,10 @@ export function handshake(path = "/", headers: Record<string, string | undefined
 }
 
 /** A frame from the server. */
-export type ServerFrame = { opcode: number; payload: Buffer };
+type ServerFrame = { opcode: number; payload: Buffer };
 
 /** The first frame of what a server sent, and where it ends; undefined while it isn't complete. */
-export function readFrame(bytes: Buffer): (ServerFrame & { end: number }) | undefined {
+function readFrame(bytes: Buffer): (ServerFrame & { end: number }) | undefined {
   if (bytes.length < 2) return undefined;
   const short = (bytes[1] as number) & 127;
   const start = short === 126 ? 4 : short === 127 ? 10 : 2;

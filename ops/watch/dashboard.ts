@@ -125,12 +125,12 @@ export const whyNoPrometheus = Bun.which("prometheus") === null ? " (skipped: no
 
 type Point = [seconds: number, value: number];
 /** One line of an answer: its labels and its points; one point if the query asks for an instant. */
-export type Series = { labels: Record<string, string>; points: Point[] };
+type Series = { labels: Record<string, string>; points: Point[] };
 /** What Prometheus said to one query. */
-export type Answer = { where: string; labelling: string; expr: string; target?: Target; series: Series[]; error?: string };
+type Answer = { where: string; labelling: string; expr: string; target?: Target; series: Series[]; error?: string };
 
 /** A Prometheus that scrapes two relays with traffic. */
-export type Prometheus = {
+type Prometheus = {
   /** Puts a path of the HTTP API to it. @throws with what Prometheus says is wrong */
   ask(path: string, query: Record<string, string>): Promise<any>;
   /** The labels that it gave the two machines, by who names them: the relay, Prometheus or Fly.io. */
