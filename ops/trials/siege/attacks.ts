@@ -246,6 +246,23 @@ export const ATTACKS: Record<string, Attack> = {
     },
   },
 
+  pings: {
+    about: "300 sockets in no room send 10,000 pings each at once, 25 times their burst",
+    seconds: 10,
+    async run(siege) {
+      const [sockets, each] = [300, 10_000];
+      const bytes = Buffer.concat(Array<Buffer>(each).fill(clientFrame("", { opcode: 9 })));
+      const raws = await many(sockets, () => RawSocket.open(siege.url, "/", STRANGER));
+      let pongs = 0;
+      for (const raw of raws) raw.skim(({ length }) => void (pongs += length / 2));
+      await siege.begin();
+      const began = performance.now();
+      for (const raw of raws) raw.write(bytes);
+      await siege.until(() => pongs >= sockets * each);
+      return nothingElse(`${thousands(pongs)} pongs in ${secondsSince(began)}`);
+    },
+  },
+
   metrics: {
     about: "four connections pipeline GET /metrics, with 120 invented origins of 250 backslashes",
     seconds: 10,
