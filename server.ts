@@ -427,6 +427,7 @@ const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
 const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
 const BURST_MS = 2_000; // a full bucket holds what the rate gives in this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are read on from, if it has a token
+const PEEKS = 3; // at what a paused socket has sent: each may bring what one read does
 const GOODBYE_MS = 5_000; // how long the frames that a properly closed socket left behind may wait to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // during a turn of this length enough frames have gathered: no rest after it
@@ -764,6 +765,10 @@ class Session {
   readonly bucket: Bucket;
   /** Frames that wait to be handled; undefined if the socket isn't paused. */
   queue: (string | Buffer)[] | undefined;
+  /** How often it was peeked at since it was paused. */
+  peeks = 0;
+  /** Whether it is read from all the same, until it brings something. */
+  isPeeking = false;
   /** The flow whose turn the first frame of `queue` waits for. */
   waitsFor: Flow | undefined;
   /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. */
@@ -1594,8 +1599,8 @@ class Turns {
   readonly #empty = new Set<Socket>();
   /** Sockets that aren't read from, because their flow has brought much or memory is short. */
   readonly #held = new Set<Socket>();
-  /** How many of them the next turn reads on from: one, and twice as many after each turn in which no more were held. */
-  #readOn = 1;
+  /** How many of them the next turn reads on from: one after a turn that brought much, twice as many after each other one. */
+  #readOn = TURN_SOCKETS;
   #cancelRefill: (() => void) | undefined;
   readonly #rest: Rest;
 
@@ -1610,6 +1615,10 @@ class Turns {
     const session = socket.data;
     this.#takeIn(socket, now);
     if (session.queue !== undefined) {
+      if (session.isPeeking) {
+        session.isPeeking = false;
+        socket.pause();
+      }
       if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
     }
@@ -1672,7 +1681,6 @@ class Turns {
 
   /** Reads no more from these sockets. */
   hold(sockets: Iterable<Socket>): void {
-    this.#readOn = 1;
     for (const socket of sockets) {
       if (socket.data.queue !== undefined) continue;
       this.#pause(socket);
@@ -1680,13 +1688,8 @@ class Turns {
     }
   }
 
-  /** Begins to read on from sockets that are held, if a turn hasn't begun already. */
-  readOn(): void {
-    if (this.isHolding && !this.#isUnderWay) this.#begin(this.#config.clock.now());
-  }
-
-  /** Reads on from some that are held: one of each flow first, flows that were read long ago before others. */
-  #release(now: number): void {
+  /** Reads on from so many that are held: one of each flow first, flows that were read long ago before others. */
+  release(now: number, most: number): void {
     const rounds = new Map<Flow, number>();
     const held = [...this.#held].map((socket) => {
       const { flow } = socket.data;
@@ -1695,11 +1698,10 @@ class Turns {
       return { socket, round, readIn: flow.readIn };
     });
     held.sort((a, b) => a.round - b.round || a.readIn - b.readIn);
-    for (const { socket } of held.slice(0, this.#readOn)) {
+    for (const { socket } of held.slice(0, most)) {
       this.#held.delete(socket);
       this.#goOn(socket, now);
     }
-    this.#readOn = Math.min(TURN_SOCKETS, 2 * this.#readOn);
   }
 
   get isHolding(): boolean {
@@ -1752,6 +1754,7 @@ class Turns {
     flow.frames++;
     if (++this.#frames < TURN_FRAMES || flow.frames < FLOW_FRAMES) return;
     flow.frames = -Infinity; // held once in a turn is enough
+    this.#readOn = 1;
     this.hold((flow.room?.connected.values() ?? home.sockets.values()).filter(({ data }) => data.flow === flow));
   }
 
@@ -1784,7 +1787,8 @@ class Turns {
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
     if (this.#behind.size === 0 && !canReadOn) return this.#rest.after(this.#begunAt, now, this.deliveries);
     this.#begin(now);
-    if (canReadOn) this.#release(now);
+    if (canReadOn) this.release(now, this.#readOn);
+    this.#readOn = Math.min(TURN_SOCKETS, 2 * this.#readOn);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
@@ -1873,7 +1877,7 @@ class Turns {
   }
 
   #pause(socket: Socket): void {
-    socket.data.queue = [];
+    Object.assign(socket.data, { queue: [], peeks: 0, isPeeking: false });
     socket.pause();
     this.#relay.pausedTotal++;
   }
@@ -1890,6 +1894,7 @@ class Turns {
     const session = socket.data;
     const { queue, goodbye } = session;
     if (queue === undefined || session.waitsFor !== undefined) return; // it ended, or waits for the room that it joins
+    this.#peek(socket);
     if (queue.length === 0 && goodbye !== undefined) goodbye.leave();
     else if (session.bucket.isEmpty(now)) this.#waitForToken(socket);
     else if (queue.length > 0) this.#enqueue(socket, session.flow);
@@ -1911,6 +1916,18 @@ class Turns {
     const waiting = [...this.#empty];
     this.#empty.clear();
     for (const socket of waiting) this.#goOn(socket, now);
+  }
+
+  /**
+   * Reads once more from a paused socket that takes nothing, a few times. If it was reset, and a frame to it met the error first,
+   * that shows only when it is read.
+   */
+  #peek(socket: Socket): void {
+    const session = socket.data;
+    if (session.isPeeking || session.peeks === PEEKS || session.goodbye !== undefined || socket.getBufferedAmount() === 0) return;
+    session.peeks++;
+    session.isPeeking = true;
+    socket.resume();
   }
 }
 
@@ -2176,6 +2193,8 @@ class Memory {
   /** What was cut, and the time (clock) until which that may still be in the figure. */
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
+  /** Whether sockets are held because memory was short. */
+  #isHolding = false;
   #lookAtBytesOut = Infinity;
   #cancelNext = () => {};
 
@@ -2197,7 +2216,7 @@ class Memory {
 
   /** Cuts what is above the limit. */
   look(): void {
-    const { maxMemoryBytes: limit, memory, clock } = this.#relay.config;
+    const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
     if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
     let used = memory();
@@ -2212,8 +2231,14 @@ class Memory {
     const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
     this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
-    if (this.isShort && this.isFalling) this.#relay.turns.hold(this.#quietSockets(now - QUIET_HELD_MS));
-    else this.#relay.turns.readOn();
+    const { turns } = this.#relay;
+    if (this.isShort && this.isFalling) {
+      turns.hold(this.#quietSockets(now - QUIET_HELD_MS));
+      this.#isHolding = true;
+    } else if (this.#isHolding) {
+      turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
+      this.#isHolding = turns.isHolding;
+    }
     this.#cancelNext();
     this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
   }

@@ -210,6 +210,20 @@ describe("a flooder", () => {
     expect(await timersWhenQuiet(at.clock)).toBe(at.timers);
   });
 
+  test("that resets while it is paused is noticed, too, if a frame to it met the reset before the relay did", async () => {
+    await using at = await scene();
+    at.flooder.send(...numbered(burst + 30));
+    for (const _ of upTo(burst)) await at.peer.next();
+    at.flooder.reset();
+    void at.relay.drain(); // says so to all sockets before it reads any
+    expect(await at.peer.next()).toMatchObject({ type: "draining" });
+    await at.peer.soFar();
+    at.clock.advance(TICK_MS);
+    let messages = 0;
+    for (let { type } = await at.peer.next(); type !== "peer_left"; { type } = await at.peer.next()) messages++;
+    expect(messages).toBeLessThanOrEqual((TICK_MS * RATE) / 1000); // what the rate allowed meanwhile
+  });
+
   test("that says goodbye while it is paused is not heard beyond what ends its socket", async () => {
     await using at = await scene();
     const pings = upTo(2 * RATE).map((t) => ({ type: "ping", t })); // what comes after them waits

@@ -207,7 +207,7 @@ export const ATTACKS: Record<string, Attack> = {
       await siege.until(() => left >= flooders.length);
       // Most are heard, if at all, right away; what is beyond that is a queue which had to be discarded.
       const most = flooders.length * (BURST + 10);
-      const text = `${thousands(heard)} of ${thousands(flooders.length * ONE_READ)} frames were heard`;
+      const text = `${thousands(heard)} of ${thousands(flooders.length * ONE_READ)} frames were heard, ${left} of ${flooders.length} peer_left`;
       return { text, held: left === flooders.length && heard <= most };
     },
   },
