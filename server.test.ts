@@ -499,7 +499,13 @@ test("100,000 texts with a long run in them are JSON if the engine's parser says
   const RUN = "plain text, as it stands in a drawing. ".repeat(40);
   const PIECES = ['"', '"', '"', "\\", '\\"', "\\\\", "\\n", "\\u00e9", "\\x", "\n", "\x7f", "\u2028", "\ud800", "é", "😀", "ab"];
   const AROUND = ["{", "}", "[", "]", ":", ",", '"a"', '""', "1", "-", "true", "nul", " ", "\t"];
-  const wholes = [(text: string) => text, (text: string) => `{"a":${text}}`, (text: string) => `[1,${text},{"b":null}]`];
+  const NUMBERS = Array.from({ length: 700 }, (_, n) => n % 10).join();
+  const wholes = [
+    (text: string) => text,
+    (text: string) => `{"a":${text}}`,
+    (text: string) => `[1,${text},{"b":null}]`,
+    (text: string) => `{"points":[${NUMBERS}],"text":${text}}`,
+  ];
   const some = (most: number, pieces: string[]) => Array.from({ length: dice.below(most) }, () => dice.pick(pieces)).join("");
   const counts = { valid: 0, invalid: 0 };
   for (let i = 0; i < 100_000; i++) {

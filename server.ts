@@ -245,21 +245,23 @@ const LONG_DATA = 1024; // characters; from here on looking at a text is cheaper
 const NOT_PLAIN = /[\\\x00-\x1f]/;
 
 /**
- * Whether a text is one JSON value; throws nothing. A long string in its middle, as in `{"png":"iVBOR…"}`, is only looked at, and
- * what is parsed has an empty one there. One is valid if the other is: a string without backslashes and control characters is as good
- * as `""`; and if the quotes were the end of one string and the beginning of another, now side by side they are no JSON.
+ * Whether a text is one JSON value; throws nothing. If a long string without escapes is in its middle, as in `{"png":"iVBOR…"}`, that
+ * is only looked at, and the text is parsed with an empty one there: if that is JSON, the whole is. If it isn't, the quotes may
+ * have been the end of one string and the beginning of another, and the whole is parsed.
  */
 export function isJson(text: string): boolean {
-  let brief = text;
-  if (text.length >= LONG_DATA) {
-    const middle = text.length >> 1;
-    const opens = text.lastIndexOf('"', middle);
-    const closes = text.indexOf('"', middle + 1);
-    const isMost = opens >= 0 && closes - opens > middle;
-    if (isMost && !NOT_PLAIN.test(text.slice(opens, closes))) brief = text.slice(0, opens + 1) + text.slice(closes);
-  }
+  if (text.length < LONG_DATA) return isParsed(text);
+  const middle = text.length >> 1;
+  const opens = text.lastIndexOf('"', middle);
+  const closes = text.indexOf('"', middle + 1);
+  const isMost = opens >= 0 && closes - opens > middle;
+  const isPlain = isMost && !NOT_PLAIN.test(text.slice(opens, closes));
+  return (isPlain && isParsed(text.slice(0, opens + 1) + text.slice(closes))) || isParsed(text);
+}
+
+function isParsed(text: string): boolean {
   try {
-    JSON.parse(brief);
+    JSON.parse(text);
     return true;
   } catch {
     return false;
@@ -421,13 +423,13 @@ const LARGE_BYTES = 4 * MIB; // a frame for more than this, all members together
 const CALL_WORK = 6; // of a system call: each frame to one socket is one; what a room broadcasts in a turn is one a member
 const SIT_WORK = 20; // of a member that sits down
 const TURN_WORK = 6_000; // that a turn does at most, shared by the rooms: some 3 ms
-const TURN_FRAMES = 8192; // that a turn reads at most: as many tiny ones as one read brings, some 2 ms
-const FLOW_FRAMES = 256; // of one flow, after which a turn that has read so much reads no more of that flow
+const TURN_FRAMES = 8192; // that a turn reads before it holds the flows that brought many: as many tiny ones as one read brings, some 2 ms
+const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
 const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
 const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
 const BURST_MS = 2_000; // a full bucket holds what the rate gives in this time: a burst of twice the rate
 const REFILL_MS = 50; // how often sockets whose bucket was empty are read on from, if it has a token
-const PEEKS = 3; // at what a paused socket has sent: each may bring what one read does
+const PEEKS = 3; // how often a paused socket is read from all the same, to see whether it was reset
 const GOODBYE_MS = 5_000; // how long the frames that a properly closed socket left behind may wait to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 4; // during a turn of this length enough frames have gathered: no rest after it
@@ -459,6 +461,7 @@ const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
 const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
+const RELEASE_MS = 1_000; // over which those that were held are read on from again, as many at each look as there is memory for
 const LOOK_SOCKETS = 32; // memory is looked at whenever so many more are open
 const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
@@ -763,12 +766,14 @@ class Session {
   /** The record of its address; set when the socket opens. */
   home!: Address;
   readonly bucket: Bucket;
-  /** Frames that wait to be handled; undefined if the socket isn't paused. */
+  /** Frames that wait to be handled, while the socket is paused; undefined if frames are handled as they are read. */
   queue: (string | Buffer)[] | undefined;
   /** How often it was peeked at since it was paused. */
   peeks = 0;
-  /** Whether it is read from all the same, until it brings something. */
+  /** Whether it is read from all the same, until something comes. */
   isPeeking = false;
+  /** The sockets of its flow that are held, if it is one of them. */
+  heldIn: Set<Socket> | undefined;
   /** The flow whose turn the first frame of `queue` waits for. */
   waitsFor: Flow | undefined;
   /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. */
@@ -1572,7 +1577,7 @@ class Flow {
 class Turns {
   /** Units of work done so far. Frames out add what they deliver. */
   work = 0;
-  /** Frames delivered so far. */
+  /** Frames delivered so far, of those that are small enough to leave together with others. */
   deliveries = 0;
   readonly #config: Config;
   readonly #relay: Relay;
@@ -1597,9 +1602,9 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
-  /** Sockets that aren't read from, because their flow has brought much or memory is short. */
-  readonly #held = new Set<Socket>();
-  /** How many of them the next turn reads on from: one after a turn that brought much, twice as many after each other one. */
+  /** Sockets that aren't read from, because their flow has brought much or memory is short; the flows in rotation. */
+  readonly #held = new Map<Flow, Set<Socket>>();
+  /** How many of them the next turn reads on from: one after a turn in which a flow was held, and then twice as many with each turn. */
   #readOn = TURN_SOCKETS;
   #cancelRefill: (() => void) | undefined;
   readonly #rest: Rest;
@@ -1615,10 +1620,7 @@ class Turns {
     const session = socket.data;
     this.#takeIn(socket, now);
     if (session.queue !== undefined) {
-      if (session.isPeeking) {
-        session.isPeeking = false;
-        socket.pause();
-      }
+      this.#endPeek(socket);
       if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
     }
@@ -1630,6 +1632,7 @@ class Turns {
   /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
   receivedPing(socket: Socket, now: number): void {
     this.#takeIn(socket, now);
+    this.#endPeek(socket);
     this.#takeToken(socket, now);
   }
 
@@ -1682,26 +1685,35 @@ class Turns {
   /** Reads no more from these sockets. */
   hold(sockets: Iterable<Socket>): void {
     for (const socket of sockets) {
-      if (socket.data.queue !== undefined) continue;
+      const session = socket.data;
+      if (session.queue !== undefined) {
+        this.#endPeek(socket);
+        continue;
+      }
       this.#pause(socket);
-      this.#held.add(socket);
+      session.heldIn = this.#held.get(session.flow) ?? new Set();
+      session.heldIn.add(socket);
+      this.#held.set(session.flow, session.heldIn);
     }
   }
 
-  /** Reads on from so many that are held: one of each flow first, flows that were read long ago before others. */
+  /** Reads on from so many that are held: one of each flow in rotation. */
   release(now: number, most: number): void {
-    const rounds = new Map<Flow, number>();
-    const held = [...this.#held].map((socket) => {
-      const { flow } = socket.data;
-      const round = rounds.get(flow) ?? 0;
-      rounds.set(flow, round + 1);
-      return { socket, round, readIn: flow.readIn };
-    });
-    held.sort((a, b) => a.round - b.round || a.readIn - b.readIn);
-    for (const { socket } of held.slice(0, most)) {
-      this.#held.delete(socket);
+    for (let n = 0; n < most && this.isHolding; n++) {
+      const [flow, sockets] = first(this.#held) as [Flow, Set<Socket>];
+      const socket = first(sockets);
+      this.#held.delete(flow);
+      if (socket === undefined) continue; // all have gone meanwhile
+      sockets.delete(socket);
+      socket.data.heldIn = undefined;
+      if (sockets.size > 0) this.#held.set(flow, sockets);
       this.#goOn(socket, now);
     }
+  }
+
+  /** Begins a turn, which reads on from some that are held. */
+  readOn(): void {
+    if (this.isHolding && !this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
   get isHolding(): boolean {
@@ -1726,7 +1738,7 @@ class Turns {
     session.goodbye = undefined;
     this.#relay.leaving.delete(socket);
     this.#empty.delete(socket);
-    this.#held.delete(socket);
+    session.heldIn?.delete(socket);
   }
 
   /**
@@ -1741,8 +1753,8 @@ class Turns {
   }
 
   /**
-   * Counts what is read. After TURN_FRAMES the turn reads no more of flows that have brought more than FLOW_FRAMES: their sockets are
-   * held, and the next turns read on from few at a time. So nobody keeps the others waiting by sending much.
+   * Counts what is read. Once a turn has read TURN_FRAMES, a flow that brings its FLOW_FRAMES-th frame or a later one is held: none of
+   * its sockets is read from, until a later turn reads on from a few. So nobody keeps the others waiting by sending much.
    */
   #takeIn(socket: Socket, now: number): void {
     if (!this.#isUnderWay) this.#begin(now);
@@ -1919,15 +1931,23 @@ class Turns {
   }
 
   /**
-   * Reads once more from a paused socket that takes nothing, a few times. If it was reset, and a frame to it met the error first,
-   * that shows only when it is read.
+   * Reads from a paused socket until something comes, PEEKS times at most, if bytes to it are unsent: perhaps it was reset. If the
+   * reset was reported to a send of ours, only reading shows it. (A FIN of somebody who takes nothing is taken for a reset, too.)
    */
   #peek(socket: Socket): void {
     const session = socket.data;
-    if (session.isPeeking || session.peeks === PEEKS || session.goodbye !== undefined || socket.getBufferedAmount() === 0) return;
+    if (session.isPeeking || session.peeks === PEEKS || session.goodbye !== undefined) return;
+    if (socket.getBufferedAmount() === 0 || this.#relay.memory.isShort) return;
     session.peeks++;
     session.isPeeking = true;
     socket.resume();
+  }
+
+  #endPeek(socket: Socket): void {
+    const session = socket.data;
+    if (!session.isPeeking || session.queue === undefined) return;
+    session.isPeeking = false;
+    socket.pause();
   }
 }
 
@@ -1948,7 +1968,7 @@ class Rest {
   /** Whether it looks each LOOK_MS: as long as there are turns, so that a quiet relay sleeps on. */
   #isLooking = false;
   #hadTurn = false;
-  /** Deliveries so far. */
+  /** Deliveries so far, as far as frames gather for them. */
   #deliveries = 0;
   /** Clock time, CPU time and deliveries at the last look. */
   #last = { at: 0, cpu: 0, deliveries: 0 };
@@ -2181,8 +2201,8 @@ function repeat(relay: Relay, ms: number, run: () => void): void {
 /**
  * Keeps the process below its limit of memory. Messages that are still arriving raise no event, and only the memory of the whole
  * process shows them. So it looks at that again before one core could have filled what is left. Above the limit it cuts what
- * covers the excess, and waits for the effect before it cuts for the same excess again. Meanwhile it reads only from sockets
- * whose messages become whole.
+ * covers the excess, and waits for the effect before it cuts for the same excess again. Meanwhile it doesn't read from
+ * sockets that sent no whole message for QUIET_HELD_MS, except in small rooms and from addresses with few.
  */
 class Memory {
   /** Memory is above the limit: newcomers are turned away. */
@@ -2193,8 +2213,8 @@ class Memory {
   /** What was cut, and the time (clock) until which that may still be in the figure. */
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
-  /** Whether sockets are held because memory was short. */
-  #isHolding = false;
+  /** When sockets were last held because memory was short (clock time). */
+  #heldAt = -Infinity;
   #lookAtBytesOut = Infinity;
   #cancelNext = () => {};
 
@@ -2234,11 +2254,10 @@ class Memory {
     const { turns } = this.#relay;
     if (this.isShort && this.isFalling) {
       turns.hold(this.#quietSockets(now - QUIET_HELD_MS));
-      this.#isHolding = true;
-    } else if (this.#isHolding) {
+      this.#heldAt = now;
+    } else if (now < this.#heldAt + RELEASE_MS)
       turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
-      this.#isHolding = turns.isHolding;
-    }
+    else turns.readOn();
     this.#cancelNext();
     this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
   }
@@ -2293,9 +2312,10 @@ class Memory {
       cut(socket, average());
     }
     const { maxMessageBytes } = relay.config;
+    const queued = relay.sockets.values().reduce((sum, { data }) => sum + FRAME_BYTES * (data.queue?.length ?? 0), 0);
     while (freed < excess && relay.sockets.size > 0) {
       // More than members can hold isn't theirs: it is still falling, or the process's own.
-      if (maxMessageBytes !== 0 && average() > 2 * maxMessageBytes) return freed;
+      if (maxMessageBytes !== 0 && average() > 2 * maxMessageBytes + queued / relay.sockets.size) return freed;
       const [most] = [...relay.addresses.values()].sort((a, b) => b.sockets.size - a.sockets.size);
       for (const socket of [...(most?.sockets ?? [])]) {
         if (freed >= excess) return freed;
