@@ -1620,7 +1620,6 @@ class Turns {
     const session = socket.data;
     this.#takeIn(socket, now);
     if (session.queue !== undefined) {
-      this.#endPeek(socket);
       if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
     }
@@ -1632,7 +1631,6 @@ class Turns {
   /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
   receivedPing(socket: Socket, now: number): void {
     this.#takeIn(socket, now);
-    this.#endPeek(socket);
     this.#takeToken(socket, now);
   }
 
@@ -1662,7 +1660,7 @@ class Turns {
   /** Tells a room's members who left. The room pays for it, and not the flow of the frame in hand; without credit it waits. */
   farewell(room: Room, message: ServerMessage): void {
     const { flow } = room;
-    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
+    this.#wake();
     if (flow.outbox.length > 0 || !this.#hasCredit(flow)) return this.publishLater(room, frameOf(message));
     const payer = this.#payer;
     this.#bill();
@@ -1679,7 +1677,7 @@ class Turns {
     if (isLarge) room.published += Buffer.byteLength(frame);
     room.flow.outbox.push({ frame, except, remaining });
     this.#behind.add(room.flow);
-    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
+    this.#wake();
   }
 
   /** Reads no more from these sockets. */
@@ -1713,7 +1711,7 @@ class Turns {
 
   /** Begins a turn, which reads on from some that are held. */
   readOn(): void {
-    if (this.isHolding && !this.#isUnderWay) this.#begin(this.#config.clock.now());
+    if (this.isHolding) this.#wake();
   }
 
   get isHolding(): boolean {
@@ -1754,10 +1752,12 @@ class Turns {
 
   /**
    * Counts what is read. Once a turn has read TURN_FRAMES, a flow that brings its FLOW_FRAMES-th frame or a later one is held: none of
-   * its sockets is read from, until a later turn reads on from a few. So nobody keeps the others waiting by sending much.
+   * its sockets is read from, until a later turn reads on from a few. So nobody keeps the others waiting by sending much. What
+   * comes ends a peek.
    */
   #takeIn(socket: Socket, now: number): void {
     if (!this.#isUnderWay) this.#begin(now);
+    this.#endPeek(socket);
     const { flow, home } = socket.data;
     if (flow.readIn !== this.#turn) {
       flow.readIn = this.#turn;
@@ -1777,6 +1777,11 @@ class Turns {
     this.#pause(socket);
     this.#waitForToken(socket);
     capReached(this.#relay, "messages per second");
+  }
+
+  /** Begins a turn, unless one is under way. */
+  #wake(): void {
+    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
   }
 
   #begin(now: number): void {
@@ -1898,7 +1903,7 @@ class Turns {
     socket.data.waitsFor = flow;
     flow.waiting.add(socket);
     this.#behind.add(flow);
-    if (!this.#isUnderWay) this.#begin(this.#config.clock.now());
+    this.#wake();
   }
 
   /** What is next for a paused socket that had a frame handled, or has a token again. */
