@@ -1,10 +1,11 @@
 /** A short form of everything at once, with the real nginx and the real Prometheus: one restart and one kill. About 35 s. */
 import { describe, expect, test } from "bun:test";
 import { run } from "../shared/processes.ts";
+import { whyNoPrometheus } from "../shared/prometheus.ts";
 import { nginx } from "../shared/proxies.ts";
 
 const TOOL = [process.execPath, "run", `${import.meta.dir}/everything.ts`];
-const whyNot = nginx.whyNot || (Bun.which("prometheus") === null ? " (skipped: no prometheus on this machine)" : "");
+const whyNot = nginx.whyNot || (whyNoPrometheus ?? "");
 
 describe.skipIf(whyNot !== "")(`everything at once${whyNot}`, () => {
   test("loses nothing but what rooms took with them that ended with their relay", async () => {

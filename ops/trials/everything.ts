@@ -25,6 +25,7 @@ import { Client } from "../shared/client.ts";
 import { badUsage, readFlags } from "../shared/flags.ts";
 import { vitals } from "../shared/metrics.ts";
 import { Child, freePort, ROOT } from "../shared/processes.ts";
+import { whyNoPrometheus } from "../shared/prometheus.ts";
 import { nginx } from "../shared/proxies.ts";
 import { Random } from "../shared/random.ts";
 import { PATIENCE_MS, type TooLate, until, within } from "../shared/wait.ts";
@@ -65,7 +66,7 @@ const seed = Number(values.seed ?? crypto.getRandomValues(new Uint16Array(1))[0]
 if (!(minutes > 0 && minutes <= 600)) badUsage(USAGE, "--minutes must be a number up to 600");
 for (const [name, value] of Object.entries({ restarts, parties, drain: drainSeconds, seed }))
   if (!Number.isSafeInteger(value) || value < 0) badUsage(USAGE, `--${name} must be a whole number`);
-const missing = nginx.whyNot || (Bun.which("prometheus") === null ? "no prometheus on this machine" : "");
+const missing = nginx.whyNot || whyNoPrometheus || "";
 if (missing !== "") badUsage(USAGE, `it can't be tried: ${missing}`);
 
 const pins = availableParallelism() > 1 && Bun.which("taskset") !== null;

@@ -1,6 +1,7 @@
 /** The Grafana dashboard's queries, put to a real Prometheus. It takes 5 s until it scrapes for the first time. */
 import { expect, test } from "bun:test";
-import { evaluate, type Panel, readDashboard, startPrometheus, whyNoPrometheus } from "./dashboard.ts";
+import { whyNoPrometheus } from "../shared/prometheus.ts";
+import { evaluate, type Panel, readDashboard, startPrometheus } from "./dashboard.ts";
 
 const dashboard = await readDashboard();
 

@@ -5,12 +5,10 @@
  * scrapes two relays with traffic: each must give numbers, whether the labels `instance` and `region` are the relay's own,
  * Prometheus' or Fly.io's.
  */
-import { join } from "node:path";
 import { flyCluster, type RelayHandle } from "../../server.ts";
 import { Client } from "../shared/client.ts";
-import { temporaryDirectory } from "../shared/directory.ts";
 import { readFlags } from "../shared/flags.ts";
-import { Child, freePort } from "../shared/processes.ts";
+import { type PrometheusServer, startPrometheusServer, whyNoPrometheus } from "../shared/prometheus.ts";
 import { testRelay } from "../shared/relay.ts";
 import { until } from "../shared/wait.ts";
 
@@ -120,9 +118,6 @@ const SCRAPE_MS = 200;
 const SCRAPES = 8; // what two rate intervals need, and a line that can be seen
 const RATE_MS = 4 * SCRAPE_MS; // Grafana's $__rate_interval is four scrape intervals
 
-/** Why no Prometheus can be asked; undefined if there is one. */
-export const whyNoPrometheus = Bun.which("prometheus") === null ? " (skipped: no prometheus on this machine)" : undefined;
-
 type Point = [seconds: number, value: number];
 /** One line of an answer: its labels and its points; one point if the query asks for an instant. */
 type Series = { labels: Record<string, string>; points: Point[] };
@@ -130,9 +125,7 @@ type Series = { labels: Record<string, string>; points: Point[] };
 type Answer = { where: string; labelling: string; expr: string; target?: Target; series: Series[]; error?: string };
 
 /** A Prometheus that scrapes two relays with traffic. */
-type Prometheus = {
-  /** Puts a path of the HTTP API to it. @throws with what Prometheus says is wrong */
-  ask(path: string, query: Record<string, string>): Promise<any>;
+type Prometheus = Pick<PrometheusServer, "ask"> & {
   /** The labels that it gave the two machines, by who names them: the relay, Prometheus or Fly.io. */
   labellings: Record<string, Chosen>;
   /** The time to ask about, in seconds since 1970: from before the first scrape until all had enough, and the last went well. */
@@ -154,7 +147,6 @@ export async function startPrometheus(): Promise<Prometheus> {
   );
   const fra = stack.use(testRelay({ instance: "m2", region: "fra" }));
   const relays = [ams, fra];
-  const { path: directory } = stack.use(await temporaryDirectory("prometheus"));
 
   const at = (relay: RelayHandle) => `localhost:${relay.port}`;
   const labellings = {
@@ -163,9 +155,8 @@ export async function startPrometheus(): Promise<Prometheus> {
     "Fly.io": { region: ["ams", "fra"], instance: ["17811953c92e18", "e784079b449483"] },
   };
   const fly = labellings["Fly.io"];
-  await Bun.write(
-    join(directory, "prometheus.yml"),
-    JSON.stringify({
+  const { ask, process: prometheus } = stack.use(
+    await startPrometheusServer({
       global: { scrape_interval: `${SCRAPE_MS}ms`, scrape_timeout: `${SCRAPE_MS}ms` },
       scrape_configs: [
         { job_name: "relay", honor_labels: true, static_configs: [{ targets: relays.map(at) }] },
@@ -180,23 +171,6 @@ export async function startPrometheus(): Promise<Prometheus> {
       ],
     }),
   );
-  const address = `127.0.0.1:${freePort()}`;
-  const prometheus = stack.use(
-    new Child([
-      "prometheus",
-      `--config.file=${directory}/prometheus.yml`,
-      `--storage.tsdb.path=${directory}/data`,
-      `--web.listen-address=${address}`,
-      "--log.level=error",
-    ]),
-  );
-
-  const ask: Prometheus["ask"] = async (path, query) => {
-    const answer = await fetch(`http://${address}/api/v1/${path}?${new URLSearchParams(query)}`);
-    const { status, data, error } = (await answer.json()) as { status: string; data: unknown; error?: string };
-    if (status !== "success") throw new Error(error);
-    return data;
-  };
   stack.use(await play(ams, fra));
   const since = Date.now() / 1000;
   /** Waits until an expression has an answer. @returns for which time, in seconds since 1970 */

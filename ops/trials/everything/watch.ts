@@ -1,8 +1,8 @@
 /** Looks at the relay once a second, and at what a real Prometheus makes of it with the alert rules. */
 import { join } from "node:path";
-import { temporaryDirectory } from "../../shared/directory.ts";
 import { parseMetrics, type Sample } from "../../shared/metrics.ts";
-import { Child, freePort, ROOT } from "../../shared/processes.ts";
+import { type Child, ROOT } from "../../shared/processes.ts";
+import { type PrometheusServer, startPrometheusServer } from "../../shared/prometheus.ts";
 import { until } from "../../shared/wait.ts";
 
 const LOOK_MS = 1_000;
@@ -185,35 +185,29 @@ export type Alert = { name: string; what: string; pendingAt: number; firedAt: nu
 /** A Prometheus that scrapes the relay, with the alert rules as they are; and what its alerts did. */
 export class Alerts implements AsyncDisposable {
   readonly all: Alert[] = [];
-  readonly process: Child;
-  readonly #address: string;
-  readonly #stack: AsyncDisposableStack;
+  readonly #server: PrometheusServer;
   readonly #begun: number;
   #timer: Timer | undefined;
 
-  private constructor(process: Child, address: string, begun: number, stack: AsyncDisposableStack) {
-    this.process = process;
-    this.#address = address;
+  private constructor(server: PrometheusServer, begun: number) {
+    this.#server = server;
     this.#begun = begun;
-    this.#stack = stack;
+  }
+
+  get process(): Child {
+    return this.#server.process;
   }
 
   /** Starts it; resolves when it answers. @param begun when the run began */
   static async start(relayUrl: string, begun: number): Promise<Alerts> {
-    await using stack = new AsyncDisposableStack();
-    const { path: directory } = stack.use(await temporaryDirectory("everything"));
     const config = {
       global: { scrape_interval: `${SCRAPE_SECONDS}s`, evaluation_interval: `${SCRAPE_SECONDS}s` },
       rule_files: [join(ROOT, "ops/alerts.yml")],
       scrape_configs: [{ job_name: "party-sockets", static_configs: [{ targets: [new URL(relayUrl).host] }] }],
     };
-    await Bun.write(join(directory, "prometheus.yml"), JSON.stringify(config));
-    const address = `127.0.0.1:${freePort()}`;
-    const files = [`--config.file=${directory}/prometheus.yml`, `--storage.tsdb.path=${directory}/data`];
-    const child = stack.use(new Child(["prometheus", ...files, `--web.listen-address=${address}`, "--log.level=error"]));
-    const alerts = new Alerts(child, address, begun, stack.move());
+    const alerts = new Alerts(await startPrometheusServer(config), begun);
     try {
-      await until("Prometheus", async () => (await alerts.#ask("alerts").catch(() => undefined)) !== undefined);
+      await until("Prometheus", async () => (await alerts.#ask().catch(() => undefined)) !== undefined);
     } catch (error) {
       await alerts[Symbol.asyncDispose]();
       throw error;
@@ -224,7 +218,7 @@ export class Alerts implements AsyncDisposable {
 
   /** Asks what is pending and what fires. @throws if it doesn't answer */
   async look(): Promise<void> {
-    const { alerts } = await this.#ask("alerts");
+    const { alerts } = await this.#ask();
     const now = (performance.now() - this.#begun) / 1000;
     const active = (alerts as { labels: Record<string, string>; state: string }[]).map(({ labels, state }) => {
       const { alertname = "", code } = labels;
@@ -248,15 +242,12 @@ export class Alerts implements AsyncDisposable {
     );
   }
 
-  async #ask(path: string): Promise<any> {
-    const answer = await fetch(`http://${this.#address}/api/v1/${path}`, { signal: AbortSignal.timeout(LATE_MS) });
-    const { status, data, error } = (await answer.json()) as { status: string; data: unknown; error?: string };
-    if (status !== "success") throw new Error(error);
-    return data;
+  #ask(): Promise<any> {
+    return this.#server.ask("alerts", {}, LATE_MS);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     clearInterval(this.#timer);
-    await this.#stack.disposeAsync();
+    await this.#server[Symbol.asyncDispose]();
   }
 }
