@@ -68,6 +68,12 @@ export class Child implements AsyncDisposable {
     return this.#find(String(pattern), (line) => pattern.exec(line) ?? undefined, ms);
   }
 
+  /** Waits for its line of that index, from 0. @throws as `line` does */
+  async lineAt(index: number, ms = START_MS): Promise<string> {
+    let seen = 0;
+    return this.#find(`line ${index + 1}`, (line) => (seen++ === index ? line : undefined), ms);
+  }
+
   /** Waits until it says the port that it listens on. @throws as `line` does */
   async saysPort(ms = START_MS): Promise<number> {
     return this.#find("its port", portIn, ms);

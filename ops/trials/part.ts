@@ -1,24 +1,12 @@
 /** A process that takes part in a trial: it is told something in a line, and answers in one. */
-import { Child, type ChildOptions } from "../shared/processes.ts";
-import { within } from "../shared/wait.ts";
+import { Child } from "../shared/processes.ts";
 
 export class Part extends Child {
   #taken = 0;
-  #isOver = false;
-
-  constructor(command: string[], options?: ChildOptions) {
-    super(command, options);
-    void this.exited.then(() => (this.#isOver = true));
-  }
 
   /** The next line that it prints. @throws if it ends before, or `ms` pass */
-  async next(ms: number): Promise<string> {
-    const index = this.#taken++;
-    const look = async (): Promise<string> => {
-      for (; this.lines.length <= index; await Bun.sleep(5)) if (this.#isOver) throw new Error("it ended before it answered");
-      return this.lines[index] as string;
-    };
-    return within(look(), "its answer", ms);
+  next(ms: number): Promise<string> {
+    return this.lineAt(this.#taken++, ms);
   }
 
   /** @throws as `next` does, and if the answer is what a crash prints */
