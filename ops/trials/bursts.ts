@@ -11,7 +11,7 @@
 import type { RelayHandle } from "../../server.ts";
 import { Client, type Frame } from "../shared/client.ts";
 import { badUsage, readFlags } from "../shared/flags.ts";
-import { vitals } from "../shared/metrics.ts";
+import { parseMetrics, scrape, vitals } from "../shared/metrics.ts";
 import { Random } from "../shared/random.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
 import { PATIENCE_MS, within } from "../shared/wait.ts";
@@ -134,11 +134,11 @@ class Scene {
     await this.#settle();
     for (const room of this.#rooms) this.#judge(room);
     for (const room of this.#rooms) await this.#close(room);
-    const metrics = await (await fetch(`${this.relay.url}/metrics`)).text();
+    const samples = parseMetrics(await scrape(this.relay.url));
     return {
       messages: this.#rooms.reduce((sum, { story }) => sum + story.length, 0),
       stays: this.#stays,
-      paused: Number(/^party_sockets_paused_total\{[^}]*\} (\d+)$/m.exec(metrics)?.[1]),
+      paused: samples.find(({ name }) => name === "party_sockets_paused_total")?.value ?? NaN,
     };
   }
 
@@ -146,16 +146,14 @@ class Scene {
     const witness = await Client.open(this.relay.url);
     const code = await witness.create(100, "witness");
     const room: Room = {
-      ...{
-        code,
-        witness: new Caller(witness, undefined),
-        story: [],
-        whispers: new Map(),
-        stays: [],
-        callers: new Map(),
-        barred: new Set(),
-        bytes: 0,
-      },
+      code,
+      witness: new Caller(witness, undefined),
+      story: [],
+      whispers: new Map(),
+      stays: [],
+      callers: new Map(),
+      barred: new Set(),
+      bytes: 0,
     };
     this.#rooms.push(room);
     void this.#witness(room);
