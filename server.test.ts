@@ -1194,7 +1194,7 @@ describe("a busy relay", () => {
     await using p = await busy();
     const { now } = p.clock;
     let reads = 0;
-    p.clock.now = () => now.call(p.clock) + 5 * reads++; // every look at the clock finds it 5 ms later
+    p.clock.now = () => now.call(p.clock) + 9 * reads++; // every look at the clock finds it 9 ms later
     await p.guest.soFar();
     await p.guest.soFar();
     expect(p.clock.rests).toEqual([]);

@@ -432,7 +432,7 @@ const REFILL_MS = 50; // how often sockets whose bucket was empty are read on fr
 const PEEKS = 3; // how often a paused socket is read from all the same, to see whether it was reset
 const GOODBYE_MS = 5_000; // how long the frames that a properly closed socket left behind may wait to be handled
 const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
-const LONG_TURN_MS = 4; // during a turn of this length enough frames have gathered: no rest after it
+const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathered: no rest after it
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
@@ -2836,8 +2836,8 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
       : serve(relay, path, code, probe ? undefined : address);
   if (cluster === undefined || decision === "here") {
     // A socket that asks for no room and no machine is as well off on another one.
-    const isFree = code === undefined && pinIn(query, cluster) === undefined;
-    if (upgrade && isFree && cluster?.triesNext && relay.stage.name === "draining") return reply(503, { error: "Draining" });
+    const isUnwanted = upgrade && cluster?.triesNext === true && relay.stage.name === "draining";
+    if (isUnwanted && code === undefined && pinIn(query, cluster) === undefined) return reply(503, { error: "Draining" });
     return here();
   }
   if ("redirect" in decision) {
