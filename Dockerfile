@@ -13,9 +13,6 @@ COPY regions.ts server.ts ./
 # The base image's own user; the relay writes no file.
 USER bun
 ENV PORT=3000
-# Without JavaScriptCore's last compiler (FTL): on a machine that grants 5 ms of CPU in each 80 ms it holds up the relay for up to
-# 150 ms at a time in its first minutes, and what it compiles gains nothing: most of the work is the system's and Bun's.
-ENV BUN_JSC_useFTLJIT=0
 EXPOSE $PORT
 
 # /health is 200 also while draining, so that nobody restarts it meanwhile. The check gives up by itself, before the engine

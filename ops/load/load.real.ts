@@ -356,6 +356,30 @@ describe("how many rooms it carries", () => {
   });
 });
 
+describe("what runs for each frame", () => {
+  /** The functions that Bun's last compiler (FTL) compiles while a server is saturated for two seconds. */
+  async function compiled(file: string, ...flags: string[]): Promise<string[]> {
+    const env = { ...process.env, BUN_JSC_reportFTLCompileTimes: "1", PORT: "0", MAX_MESSAGES_PER_SECOND: "0" };
+    await using server = new Child([process.execPath, "run", file], { env });
+    const url = `ws://127.0.0.1:${await server.saysPort()}`;
+    const { result } = await load("--url", url, "--rooms", "8", "--rate", "0", "--seconds", "2", ...flags);
+    expect(result).toMatchObject({ ...GOOD, ok: true });
+    await server.stop();
+    return server.lines.flatMap((line) => /^Optimized ([#\w]+)#/.exec(line)?.[1] ?? []);
+  }
+
+  test(
+    "isn't compiled by Bun's last compiler in the relay, which would make it stand still on a small machine",
+    async () => {
+      expect(await compiled(join(import.meta.dir, "floor.ts"))).toContain("message"); // that is how it is reported
+      const relay = join(import.meta.dir, "../../server.ts");
+      expect(await compiled(relay, "--senders", "all")).toEqual([]);
+      expect(await compiled(relay, "--targeted")).toEqual([]);
+    },
+    SLOW_MS,
+  );
+});
+
 describe.concurrent("exits with 2 and says what is wrong", () => {
   test.each([
     [["--rate", "fast"], "--rate must be a number"],
