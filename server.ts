@@ -3070,7 +3070,8 @@ function warnOfDescriptors({ maxConnections, log }: Config): void {
 
 /**
  * Keeps Bun's last compiler (FTL) from what runs for each frame. After some ten thousand frames it would compile all of that once
- * more: where a machine grants 5 ms of CPU in each 80 ms, the relay stood still for up to 150 ms at a time. What it makes is no faster.
+ * more: where a machine grants 5 ms of CPU in each 80 ms, the relay stood still for up to 150 ms at a time. What it makes saves
+ * 4 % of a core that is full, and nothing below that.
  */
 function withoutFTL(...functions: Parameters<typeof noFTL>[0][]): void {
   for (const each of functions) noFTL(each);
