@@ -2839,8 +2839,9 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
       : serve(relay, path, code, probe ? undefined : address);
   if (cluster === undefined || decision === "here") {
     // A socket that asks for no room and no machine is as well off on another one.
-    const isUnwanted = upgrade && cluster?.triesNext === true && relay.stage.name === "draining";
-    if (isUnwanted && code === undefined && pinIn(query, cluster) === undefined) return reply(503, { error: "Draining" });
+    const sendsAway = cluster?.triesNext === true && relay.stage.name === "draining";
+    if (upgrade && sendsAway && code === undefined && pinIn(query, cluster) === undefined)
+      return reply(503, { error: "Draining" });
     return here();
   }
   if ("redirect" in decision) {
