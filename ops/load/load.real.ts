@@ -6,7 +6,7 @@ import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import type { ServerWebSocket } from "bun";
 import { temporaryDirectory } from "../shared/directory.ts";
-import { Child, run } from "../shared/processes.ts";
+import { Child, ROOT, run } from "../shared/processes.ts";
 import { until } from "../shared/wait.ts";
 import { carry } from "./compare.ts";
 import { CpuGroup, cpuHierarchy, whyNoCpuGroup } from "./cpu-group.ts";
@@ -372,7 +372,7 @@ describe("what runs for each frame", () => {
     "isn't compiled by Bun's last compiler in the relay, which would make it stand still on a small machine",
     async () => {
       expect(await compiled(join(import.meta.dir, "floor.ts"))).toContain("message"); // that is how it is reported
-      const relay = join(import.meta.dir, "../../server.ts");
+      const relay = join(ROOT, "server.ts");
       expect(await compiled(relay, "--senders", "all")).toEqual([]);
       expect(await compiled(relay, "--targeted")).toEqual([]);
     },
