@@ -241,22 +241,86 @@ function isSpace(code: number): boolean {
 }
 const isDigit = (code: number): boolean => code >= 0x30 && code <= 0x39;
 
-const LONG_DATA = 1024; // characters; from here on looking at a text is cheaper than parsing it, which copies
+const LONG_STRING = 64; // characters; the rest of a longer one is searched by the engine
 const NOT_PLAIN = /[\\\x00-\x1f]/;
+const MOST_OPEN = 2 ** 30; // 30 objects and arrays, one in another, as bits
 
 /**
- * Whether a text is one JSON value; throws nothing. If a long string without escapes is in its middle, as in `{"png":"iVBOR…"}`, that
- * is only looked at, and the text is parsed with an empty one there: if that is JSON, the whole is. If it isn't, the quotes may
- * have been the end of one string and the beginning of another, and the whole is parsed.
+ * Whether what stands between two places of a text is one JSON value; throws nothing. `JSON.parse` makes all that it reads, and we
+ * would throw it away: that costs a saturated relay a tenth of its CPU. So a look decides, and `JSON.parse` only if the look
+ * isn't sure.
  */
-export function isJson(text: string): boolean {
-  if (text.length < LONG_DATA) return isParsed(text);
-  const middle = text.length >> 1;
-  const opens = text.lastIndexOf('"', middle);
-  const closes = text.indexOf('"', middle + 1);
-  const isMost = opens >= 0 && closes - opens > middle;
-  const isPlain = isMost && !NOT_PLAIN.test(text.slice(opens, closes));
-  return (isPlain && isParsed(text.slice(0, opens + 1) + text.slice(closes))) || isParsed(text);
+export function isJson(text: string, start = 0, end = text.length): boolean {
+  return isPlainJson(text, start, end) || isParsed(text.slice(start, end));
+}
+
+/**
+ * Whether it is JSON as `JSON.stringify` mostly writes it: no space between values, no escapes in strings, no exponents in
+ * numbers, no more than 30 objects and arrays in one another. If not, it may be other JSON, or none. One loop without a
+ * call, because this runs for each character.
+ */
+function isPlainJson(text: string, start: number, end: number): boolean {
+  let at = start;
+  // What is open, a bit each, the innermost last: 1 an object, 0 an array. The first bit stands for the whole.
+  let open = 1;
+  let isName = false;
+  for (;;) {
+    // A value or a name begins. `code` is always the character at `at`; NaN where the text has ended.
+    let code = text.charCodeAt(at);
+    if (code === 0x22) {
+      const most = at + LONG_STRING;
+      do code = text.charCodeAt(++at);
+      while (code !== 0x22 && code !== 0x5c && code >= 0x20 && at < most);
+      if (code !== 0x22) {
+        if (at < most) return false;
+        at = text.indexOf('"', most);
+        if (at < 0 || NOT_PLAIN.test(text.slice(most, at))) return false;
+      }
+      code = text.charCodeAt(++at);
+      if (isName) {
+        if (code !== 0x3a) return false;
+        isName = false;
+        at++;
+        continue;
+      }
+    } else if (isName) return false;
+    else if (code === 0x7b || code === 0x5b) {
+      if (open >= MOST_OPEN) return false;
+      const isObject = code === 0x7b;
+      open = (open << 1) | (isObject ? 1 : 0);
+      code = text.charCodeAt(++at);
+      if (code !== (isObject ? 0x7d : 0x5d)) {
+        isName = isObject;
+        continue;
+      }
+    } else if (code === 0x2d || isDigit(code)) {
+      if (code === 0x2d) code = text.charCodeAt(++at);
+      const first = at;
+      const isZero = code === 0x30;
+      while (isDigit(code)) code = text.charCodeAt(++at);
+      if (at === first || (isZero && at > first + 1)) return false;
+      if (code === 0x2e) {
+        const point = at;
+        do code = text.charCodeAt(++at);
+        while (isDigit(code));
+        if (at === point + 1) return false;
+      }
+    } else {
+      const word = code === 0x74 ? "true" : code === 0x66 ? "false" : "null";
+      if (!text.startsWith(word, at)) return false;
+      at += word.length;
+      code = text.charCodeAt(at);
+    }
+    // A value has ended, and perhaps what it is in.
+    while (open > 1 && code === ((open & 1) === 1 ? 0x7d : 0x5d)) {
+      open >>= 1;
+      code = text.charCodeAt(++at);
+    }
+    if (open === 1) return at === end;
+    if (code !== 0x2c) return false;
+    isName = (open & 1) === 1;
+    at++;
+  }
 }
 
 function isParsed(text: string): boolean {
@@ -306,8 +370,7 @@ function parseUsualSend(frame: string): Send | undefined {
   if (!frame.startsWith(DATA, start)) return undefined;
   start += DATA.length;
   if (isSpace(frame.charCodeAt(start)) || isSpace(frame.charCodeAt(end - 1))) return undefined; // not part of it
-  const data = frame.slice(start, end);
-  return isJson(data) ? { type: "send", data, to } : undefined;
+  return isJson(frame, start, end) ? { type: "send", data: frame.slice(start, end), to } : undefined;
 }
 
 /** The index after the JSON value that starts at `at`; `json` is known to be valid. */
@@ -1613,27 +1676,33 @@ class Turns {
     this.#config = config;
     this.#rest = new Rest(config);
     this.#relay = relay;
-    withoutFTL(this.received, this.countCalls, this.#takeIn, this.#takeToken, this.#begin, this.#end);
+    withoutFTL(this.now, this.received, this.countCalls, this.#wake, this.#takeIn, this.#takeToken, this.#begin, this.#end);
     withoutFTL(this.#hasCredit, this.#mayHandle, this.#handle, this.#bill);
   }
 
+  /** When this turn began (clock time); one begins if none is under way. To what is read in a turn it is the time: a clock costs. */
+  now(): number {
+    this.#wake();
+    return this.#begunAt;
+  }
+
   /** Takes a frame that was read: handles it, or lets it wait. */
-  received(socket: Socket, frame: string | Buffer, now: number): void {
+  received(socket: Socket, frame: string | Buffer): void {
     const session = socket.data;
-    this.#takeIn(socket, now);
+    this.#takeIn(socket);
     if (session.queue !== undefined) {
       if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
     }
     const { flow } = session;
-    if (!flow.isBehind && this.#mayHandle(flow, frame)) this.#handle(socket, frame, flow, now);
+    if (!flow.isBehind && this.#mayHandle(flow, frame)) this.#handle(socket, frame, flow);
     else this.#wait(socket, frame, flow);
   }
 
   /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
-  receivedPing(socket: Socket, now: number): void {
-    this.#takeIn(socket, now);
-    this.#takeToken(socket, now);
+  receivedPing(socket: Socket): void {
+    this.#takeIn(socket);
+    this.#takeToken(socket);
   }
 
   /** Whether a room can take a joiner now: nothing of it waits, so that its members know who has left, and it has credit. */
@@ -1698,7 +1767,7 @@ class Turns {
   }
 
   /** Reads on from so many that are held: one of each flow in rotation. */
-  release(now: number, most: number): void {
+  release(most: number): void {
     for (let n = 0; n < most && this.isHolding; n++) {
       const [flow, sockets] = first(this.#held) as [Flow, Set<Socket>];
       const socket = first(sockets);
@@ -1707,7 +1776,7 @@ class Turns {
       sockets.delete(socket);
       socket.data.heldIn = undefined;
       if (sockets.size > 0) this.#held.set(flow, sockets);
-      this.#goOn(socket, now);
+      this.#goOn(socket);
     }
   }
 
@@ -1757,8 +1826,8 @@ class Turns {
    * its sockets is read from, until a later turn reads on from a few. So nobody keeps the others waiting by sending much. What
    * comes ends a peek.
    */
-  #takeIn(socket: Socket, now: number): void {
-    if (!this.#isUnderWay) this.#begin(now);
+  #takeIn(socket: Socket): void {
+    this.#wake();
     this.#endPeek(socket);
     const { flow, home } = socket.data;
     if (flow.readIn !== this.#turn) {
@@ -1772,8 +1841,9 @@ class Turns {
     this.hold((flow.room?.connected.values() ?? home.sockets.values()).filter(({ data }) => data.flow === flow));
   }
 
-  #takeToken(socket: Socket, now: number): void {
+  #takeToken(socket: Socket): void {
     const session = socket.data;
+    const now = this.now();
     session.bucket.take(now);
     if (session.queue !== undefined || !session.bucket.isEmpty(now) || socket.readyState !== WebSocket.OPEN) return;
     this.#pause(socket);
@@ -1806,12 +1876,12 @@ class Turns {
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
     if (this.#behind.size === 0 && !canReadOn) return this.#rest.after(this.#begunAt, now, this.deliveries);
     this.#begin(now);
-    if (canReadOn) this.release(now, this.#readOn);
+    if (canReadOn) this.release(this.#readOn);
     this.#readOn = Math.min(TURN_SOCKETS, 2 * this.#readOn);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
-      this.#serve(flow, now);
+      this.#serve(flow);
       if (flow === this.#refused) continue; // it keeps its place for the next turn's large frame
       this.#behind.delete(flow);
       if (flow.isBehind) this.#behind.add(flow);
@@ -1819,7 +1889,7 @@ class Turns {
   }
 
   /** Handles what waits for a flow, for its share. */
-  #serve(flow: Flow, now: number): void {
+  #serve(flow: Flow): void {
     for (;;) {
       if (flow.room !== undefined) this.#sendOutbox(flow.room);
       if (flow.outbox.length > 0) return;
@@ -1829,8 +1899,8 @@ class Turns {
       flow.waiting.delete(socket);
       socket.data.waitsFor = undefined;
       socket.data.queue?.shift();
-      this.#handle(socket, frame, flow, now);
-      this.#goOn(socket, now);
+      this.#handle(socket, frame, flow);
+      this.#goOn(socket);
     }
   }
 
@@ -1873,7 +1943,7 @@ class Turns {
     return true;
   }
 
-  #handle(socket: Socket, frame: string | Buffer, flow: Flow, now: number): void {
+  #handle(socket: Socket, frame: string | Buffer, flow: Flow): void {
     let waitsFor: Flow | undefined;
     this.#payer = flow;
     this.#billedAt = this.work++;
@@ -1885,7 +1955,7 @@ class Turns {
     this.#bill();
     this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
-    this.#takeToken(socket, now);
+    this.#takeToken(socket);
   }
 
   /** Lets a frame wait, at the head of its socket's queue. */
@@ -1909,8 +1979,9 @@ class Turns {
   }
 
   /** What is next for a paused socket that had a frame handled, or has a token again. */
-  #goOn(socket: Socket, now: number): void {
+  #goOn(socket: Socket): void {
     const session = socket.data;
+    const now = this.now();
     const { queue, goodbye } = session;
     if (queue === undefined || session.waitsFor !== undefined) return; // it ended, or waits for the room that it joins
     this.#peek(socket);
@@ -1931,10 +2002,9 @@ class Turns {
 
   #refill(): void {
     this.#cancelRefill = undefined;
-    const now = this.#config.clock.now();
     const waiting = [...this.#empty];
     this.#empty.clear();
-    for (const socket of waiting) this.#goOn(socket, now);
+    for (const socket of waiting) this.#goOn(socket);
   }
 
   /**
@@ -2112,27 +2182,23 @@ function heard(socket: Socket, now: number): void {
 
 function received(socket: Socket, frame: string | Buffer): void {
   const { relay } = socket.data;
-  const now = relay.config.clock.now();
-  heard(socket, now);
+  heard(socket, relay.turns.now());
   relay.messagesIn++;
   relay.bytesIn += Buffer.byteLength(frame);
-  relay.turns.received(socket, frame, now);
+  relay.turns.received(socket, frame);
 }
 
 /** A ping from the other side. Bun answers it; that costs a frame. */
 function pinged(socket: Socket): void {
-  const { relay } = socket.data;
-  const now = relay.config.clock.now();
-  heard(socket, now);
-  relay.turns.receivedPing(socket, now);
+  const { turns } = socket.data.relay;
+  heard(socket, turns.now());
+  turns.receivedPing(socket);
 }
 
 function ponged(socket: Socket): void {
-  const session = socket.data;
-  const now = session.relay.config.clock.now();
-  const isAnswer = session.unanswered > 0;
-  heard(socket, now);
-  if (!isAnswer) session.relay.turns.receivedPing(socket, now);
+  const { relay, unanswered } = socket.data;
+  heard(socket, relay.turns.now());
+  if (unanswered === 0) relay.turns.receivedPing(socket);
 }
 
 /** A socket is closed. If the other side did so properly, what it had sent before is handled first. */
@@ -2264,7 +2330,7 @@ class Memory {
       turns.hold(this.#quietSockets(now - QUIET_HELD_MS));
       this.#heldAt = now;
     } else if (now < this.#heldAt + RELEASE_MS)
-      turns.release(now, maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
+      turns.release(maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
     else turns.readOn();
     this.#cancelNext();
     this.#cancelNext = clock.after(this.#nextIn(limit - used), () => this.look());
@@ -3079,7 +3145,7 @@ function withoutFTL(...functions: Parameters<typeof noFTL>[0][]): void {
 }
 
 // The methods of Turns and Rest are named in their constructors, which alone can name the private ones.
-withoutFTL(received, heard, dispatch, perform, parseUsualSend, indexBetween, isJson, isParsed, MESSAGES.send.handle);
+withoutFTL(received, heard, dispatch, perform, parseUsualSend, indexBetween, isJson, isPlainJson, isParsed, MESSAGES.send.handle);
 withoutFTL(publish, publishNow, write, delivered, systemClock.now, Bucket.prototype.take, Bucket.prototype.isEmpty);
 
 /** The limits that differ from their defaults. */
