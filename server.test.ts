@@ -525,6 +525,60 @@ test("100,000 texts with a long run in them are JSON if the engine's parser says
   expect(counts.invalid).toBeGreaterThan(10_000);
 });
 
+test("100,000 short texts, most of them JSON with a character or two changed, are JSON if the engine's parser says so", () => {
+  const dice = new Random(2);
+  const NUMBERS = ["0", "-0", "7", "-12.50", "0.5", "1e5", "2E-3", "-", "01", "1.", ".5", "+1", "9007199254740993", "NaN"];
+  const STRINGS = [
+    '""',
+    '"a"',
+    '"é😀"',
+    '"\ud800"',
+    '"a\\"b"',
+    '"\\u00e9"',
+    '"\\x"',
+    '"\n"',
+    '"}"',
+    '"],"',
+    `"${"x".repeat(62)}"`,
+    `"${"x".repeat(63)}"`,
+  ];
+  const WORDS = ["true", "false", "null", "nul", "True", "undefined"];
+  const CHANGES = [...'{}[]:,"\\0-.e \n', "true", '"a":', ""];
+  const value = (levels: number): string => {
+    const kind = dice.below(levels > 0 ? 6 : 3);
+    if (kind === 0) return dice.pick(NUMBERS);
+    if (kind === 1) return dice.pick(STRINGS);
+    if (kind === 2) return dice.pick(WORDS);
+    const values = Array.from({ length: dice.below(4) }, () => value(levels - 1));
+    return kind === 3 ? `[${values}]` : `{${values.map((each) => `${dice.pick(STRINGS)}:${each}`)}}`;
+  };
+  const counts = { valid: 0, invalid: 0 };
+  for (let i = 0; i < 100_000; i++) {
+    let text = value(4);
+    if (dice.chance(0.05)) text = "[".repeat(dice.below(40)) + text + "]".repeat(dice.below(40));
+    for (let changes = dice.below(3); changes > 0; changes--) {
+      const at = dice.below(text.length + 1);
+      text = text.slice(0, at) + dice.pick(CHANGES) + text.slice(at + dice.below(2));
+    }
+    let isValid = true;
+    try {
+      JSON.parse(text);
+    } catch {
+      isValid = false;
+    }
+    counts[isValid ? "valid" : "invalid"]++;
+    const [before, after] = [dice.pick(CHANGES), dice.pick(CHANGES)];
+    if (isJson(before + text + after, before.length, before.length + text.length) !== isValid)
+      expect.unreachable(`isJson says ${!isValid} of ${text} between ${before} and ${after}`);
+  }
+  expect(counts.valid).toBeGreaterThan(10_000);
+  expect(counts.invalid).toBeGreaterThan(10_000);
+  for (let levels = 1; levels < 100; levels++) {
+    expect(isJson(`${"[".repeat(levels)}{"a":1}${"]".repeat(levels)}`)).toBe(true);
+    expect(isJson(`${"[".repeat(levels)}{"a":1`)).toBe(false);
+  }
+});
+
 describe("a socket that closes", () => {
   test("shows the others peer_left at once, and frees its place and the room when it was the last", async () => {
     await using p = await party(1);

@@ -1649,6 +1649,8 @@ class Turns {
   #frames = 0;
   #isUnderWay = false;
   #begunAt = 0;
+  /** The clock when it was last read. */
+  #now = 0;
   /** The work that one flow may do in this turn. */
   #share = TURN_WORK;
   /** Flows that had a frame in this turn. */
@@ -1674,16 +1676,14 @@ class Turns {
 
   constructor(config: Config, relay: Relay) {
     this.#config = config;
-    this.#rest = new Rest(config);
     this.#relay = relay;
-    withoutFTL(this.now, this.received, this.countCalls, this.#wake, this.#takeIn, this.#takeToken, this.#begin, this.#end);
-    withoutFTL(this.#hasCredit, this.#mayHandle, this.#handle, this.#bill);
+    this.#rest = new Rest(config, () => this.#compileLess());
   }
 
-  /** When this turn began (clock time); one begins if none is under way. To what is read in a turn it is the time: a clock costs. */
+  /** The time (clock) at which this turn began, if none is under way one that begins now: a look at the clock for each frame costs. */
   now(): number {
     this.#wake();
-    return this.#begunAt;
+    return this.#now;
   }
 
   /** Takes a frame that was read: handles it, or lets it wait. */
@@ -1861,6 +1861,7 @@ class Turns {
     this.#frames = 0;
     this.#isUnderWay = true;
     this.#begunAt = now;
+    this.#now = now;
     this.#hadLarge = false;
     this.#refused = undefined;
     this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
@@ -2002,6 +2003,8 @@ class Turns {
 
   #refill(): void {
     this.#cancelRefill = undefined;
+    this.#wake();
+    this.#now = this.#config.clock.now();
     const waiting = [...this.#empty];
     this.#empty.clear();
     for (const socket of waiting) this.#goOn(socket);
@@ -2025,6 +2028,21 @@ class Turns {
     if (!session.isPeeking || session.queue === undefined) return;
     session.isPeeking = false;
     socket.pause();
+  }
+
+  /**
+   * Keeps Bun's last compiler (FTL) from what runs for each frame. It compiles all of that once more after some ten thousand frames,
+   * and saves a full core 5 % by it. But a machine that grants 5 ms of CPU in each 80 ms has to compile with the same 5 ms:
+   * there the relay stood still for up to 150 ms at a time.
+   */
+  #compileLess(): void {
+    for (const each of [
+      ...[received, heard, dispatch, perform, parseUsualSend, indexBetween, isJson, isPlainJson, isParsed, MESSAGES.send.handle],
+      ...[publish, publishNow, write, delivered, Bucket.prototype.take, Bucket.prototype.isEmpty],
+      ...[this.now, this.received, this.countCalls, this.#wake, this.#takeIn, this.#takeToken, this.#begin, this.#end],
+      ...[this.#hasCredit, this.#mayHandle, this.#handle, this.#bill, this.#rest.after, this.#config.clock.now],
+    ])
+      noFTL(each as () => void);
   }
 }
 
@@ -2057,9 +2075,12 @@ class Rest {
   #withheld = { at: -Infinity, cpu: 0 };
   #patienceMs = PATIENCE_MS;
 
-  constructor(config: Config) {
+  /** @param onWithheld called when it turns out that the machine withholds CPU */
+  constructor(
+    config: Config,
+    readonly onWithheld: () => void,
+  ) {
     this.#config = config;
-    withoutFTL(this.after);
   }
 
   /** Rests after a turn, if there is reason to. @param deliveries so far */
@@ -2123,6 +2144,7 @@ class Rest {
     const isAtLimit = this.#granted !== undefined && this.#used > AT_LIMIT * this.#granted;
     if (between === undefined && !isAtLimit) return;
     if (since > this.#patienceMs) this.#patienceMs = Math.min(MOST_PATIENCE_MS, 2 * this.#patienceMs);
+    if (this.#granted === undefined) this.onWithheld();
     this.#granted = Math.max(between ?? 0, this.#used);
     this.#ms = Math.min(LONGEST_REST_MS, Math.max(WITHHELD_REST_MS, LONGER * this.#ms));
   }
@@ -3134,19 +3156,6 @@ function warnOfDescriptors({ maxConnections, log }: Config): void {
   if (maxConnections !== 0 && descriptors < needed)
     log("few descriptors", { limit: descriptors, needed, hint: "raise `ulimit -n`, or lower MAX_CONNECTIONS" });
 }
-
-/**
- * Keeps Bun's last compiler (FTL) from what runs for each frame. After some ten thousand frames it would compile all of that once
- * more: where a machine grants 5 ms of CPU in each 80 ms, the relay stood still for up to 150 ms at a time. What it makes saves
- * 4 % of a core that is full, and nothing below that.
- */
-function withoutFTL(...functions: Parameters<typeof noFTL>[0][]): void {
-  for (const each of functions) noFTL(each);
-}
-
-// The methods of Turns and Rest are named in their constructors, which alone can name the private ones.
-withoutFTL(received, heard, dispatch, perform, parseUsualSend, indexBetween, isJson, isPlainJson, isParsed, MESSAGES.send.handle);
-withoutFTL(publish, publishNow, write, delivered, systemClock.now, Bucket.prototype.take, Bucket.prototype.isEmpty);
 
 /** The limits that differ from their defaults. */
 function changedLimits(config: Config): Record<string, number> {
