@@ -525,7 +525,7 @@ const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
 const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
 const RELEASE_MS = 1_000; // over which those that were held are read on from again, as many at each look as there is memory for
-const LOOK_SOCKETS = 32; // memory is looked at whenever so many more are open
+const LOOK_SOCKETS = 32; // that are opened before the next look at memory, at the least
 const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
 // ---- Config ----------------------------------------------------------------------------------------------
@@ -790,7 +790,7 @@ class Room {
   nextIndex = 0;
   /** Every slot that the room remembers, by its clientId. */
   readonly known = new Map<string, Slot>();
-  /** The same slots, by their index. */
+  /** The same slots, by their index, ascending: a new one comes last. */
   readonly slots = new Map<number, Slot>();
   /** The sockets of the slots that are connected, by their index. */
   readonly connected = new Map<number, Socket>();
@@ -1117,7 +1117,7 @@ function forget(slot: Slot | undefined): void {
 
 function addSlot(room: Room, clientId: string): Slot {
   const index = room.nextIndex++;
-  const slot: Slot = { room, index, clientId: copyOf(clientId), barred: false, bucketFullAt: 0, offer: undefined };
+  const slot: Slot = { room, index, clientId, barred: false, bucketFullAt: 0, offer: undefined };
   room.known.set(slot.clientId, slot);
   room.slots.set(index, slot);
   return slot;
@@ -1127,7 +1127,7 @@ function addSlot(room: Room, clientId: string): Slot {
 function handOver(slot: Slot, clientId: string): void {
   const { known } = slot.room;
   known.delete(slot.clientId);
-  slot.clientId = copyOf(clientId);
+  slot.clientId = clientId;
   slot.offer = undefined;
   known.set(slot.clientId, slot);
 }
@@ -1378,7 +1378,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         stand(old, slot, "replaced");
         hangUp(old, CloseCode.REPLACED, "replaced");
       }
-      const peers = [...room.connected.keys()].sort((a, b) => a - b);
+      const peers: number[] = [];
+      for (const index of room.slots.keys()) if (room.connected.has(index)) peers.push(index);
       relay.joins[kind]++;
       sit(socket, slot);
       settle(room);
@@ -2178,7 +2179,7 @@ function opened(socket: Socket): void {
   relay.cancelIdle();
   relay.connectionsTotal++;
   session.origin.connections++;
-  if (relay.sockets.size % LOOK_SOCKETS === 0) relay.memory.look();
+  relay.memory.lookIfManyOpened();
   if (relay.memory.isShort) return turnAway(socket, "memory");
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
     const victim = first(relay.roomless) ?? socket;
@@ -2312,6 +2313,7 @@ class Memory {
   /** When sockets were last held because memory was short (clock time). */
   #heldAt = -Infinity;
   #lookAtBytesOut = Infinity;
+  #lookAtSockets = Infinity;
   #cancelNext = () => {};
 
   constructor(relay: Relay) {
@@ -2323,6 +2325,11 @@ class Memory {
   /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
   lookIfMuchWasSent(): void {
     if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
+  }
+
+  /** Looks if the sockets opened since the last look could fill a good part of what was left then. */
+  lookIfManyOpened(): void {
+    if (this.#relay.sockets.size >= this.#lookAtSockets) this.look();
   }
 
   /** Whether something was cut that may still be in the figure. */
@@ -2343,6 +2350,8 @@ class Memory {
     }
     this.isShort = used > limit;
     this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
+    const fit = maxMessageBytes === 0 ? 0 : (limit - used) / 4 / maxMessageBytes; // unfinished messages
+    this.#lookAtSockets = this.#relay.sockets.size + Math.max(LOOK_SOCKETS, fit);
     const freed = this.#cuts.reduce((sum, { bytes, until }) => sum + (until > now ? bytes : 0), 0);
     const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
@@ -2911,9 +2920,10 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
 
   const { cluster } = relay.config;
   const { address, isNamed } = readAddress(relay, request, server);
+  const upgrade = method === "GET" && headers.get("upgrade")?.toLowerCase() === "websocket";
+  if (upgrade && cluster === undefined) return takeUpgrade(relay, request, server, address, undefined);
   // Cut out by hand, because the host before it may be anything that a client sends.
   const [, path = "/", query = ""] = /^(?:https?:\/\/[^/?]*)?([^?]*)(.*)$/i.exec(request.url) ?? [];
-  const upgrade = method === "GET" && headers.get("upgrade")?.toLowerCase() === "websocket";
   const probe = cluster !== undefined && !isNamed && headers.get("x-party-probe") === "1";
   const failed = cluster !== undefined && headers.has(cluster.failedHeader);
   const replayed = failed || (cluster !== undefined && headers.has(cluster.replayedHeader));
