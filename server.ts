@@ -230,7 +230,10 @@ const isWhole = (value: unknown, least: number, most: number): value is number =
   typeof value === "number" && Number.isInteger(value) && value >= least && value <= most;
 const isIndex = (value: unknown): value is number => isWhole(value, 0, Number.MAX_SAFE_INTEGER);
 
-/** Engines may keep a cut-out string as a view of the whole frame; what outlives the frame is copied. */
+/**
+ * Engines may keep a cut-out string as a view of the whole frame; what outlives it is copied. What `JSON.parse` gives is a copy
+ * already.
+ */
 function copyOf(text: string): string {
   const encoding = text.isWellFormed() ? "utf8" : "utf16le"; // UTF-8 would merge lone surrogates into one character
   return Buffer.from(text, encoding).toString(encoding);
@@ -256,8 +259,8 @@ export function isJson(text: string, start = 0, end = text.length): boolean {
 
 /**
  * Whether it is JSON as `JSON.stringify` mostly writes it: no space between values, no escapes in strings, no exponents in
- * numbers, no more than 30 objects and arrays in one another. If not, it may be other JSON, or none. One loop without a
- * call, because this runs for each character.
+ * numbers, no more than 30 objects and arrays in one another. If not, it may be other JSON, or none. All in one loop, because
+ * functions for its parts made it take twice as long.
  */
 function isPlainJson(text: string, start: number, end: number): boolean {
   let at = start;
@@ -268,13 +271,13 @@ function isPlainJson(text: string, start: number, end: number): boolean {
     // A value or a name begins. `code` is always the character at `at`; NaN where the text has ended.
     let code = text.charCodeAt(at);
     if (code === 0x22) {
-      const most = at + LONG_STRING;
+      const searchedFrom = at + LONG_STRING;
       do code = text.charCodeAt(++at);
-      while (code !== 0x22 && code !== 0x5c && code >= 0x20 && at < most);
+      while (code !== 0x22 && code !== 0x5c && code >= 0x20 && at < searchedFrom);
       if (code !== 0x22) {
-        if (at < most) return false;
-        at = text.indexOf('"', most);
-        if (at < 0 || NOT_PLAIN.test(text.slice(most, at))) return false;
+        if (at < searchedFrom) return false;
+        at = text.indexOf('"', searchedFrom);
+        if (at < 0 || NOT_PLAIN.test(text.slice(searchedFrom, at))) return false;
       }
       code = text.charCodeAt(++at);
       if (isName) {
@@ -295,10 +298,10 @@ function isPlainJson(text: string, start: number, end: number): boolean {
       }
     } else if (code === 0x2d || isDigit(code)) {
       if (code === 0x2d) code = text.charCodeAt(++at);
-      const first = at;
+      const digitsAt = at;
       const isZero = code === 0x30;
       while (isDigit(code)) code = text.charCodeAt(++at);
-      if (at === first || (isZero && at > first + 1)) return false;
+      if (at === digitsAt || (isZero && at > digitsAt + 1)) return false;
       if (code === 0x2e) {
         const point = at;
         do code = text.charCodeAt(++at);
@@ -525,7 +528,7 @@ const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
 const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
 const RELEASE_MS = 1_000; // over which those that were held are read on from again, as many at each look as there is memory for
-const LOOK_SOCKETS = 32; // that are opened before the next look at memory, at the least
+const LOOK_SOCKETS = 32; // so many are few: opened since the last look at memory, in a room, or from an address
 const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
 // ---- Config ----------------------------------------------------------------------------------------------
@@ -1379,6 +1382,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         hangUp(old, CloseCode.REPLACED, "replaced");
       }
       const peers: number[] = [];
+      turns.work += room.slots.size / 50; // looking at each of them is work, too
       for (const index of room.slots.keys()) if (room.connected.has(index)) peers.push(index);
       relay.joins[kind]++;
       sit(socket, slot);
@@ -1650,7 +1654,7 @@ class Turns {
   #frames = 0;
   #isUnderWay = false;
   #begunAt = 0;
-  /** The clock when it was last read. */
+  /** The time (clock) by which this turn goes: when it began, or when its timer last ran. */
   #now = 0;
   /** The work that one flow may do in this turn. */
   #share = TURN_WORK;
@@ -1681,7 +1685,7 @@ class Turns {
     this.#rest = new Rest(config, () => this.#compileLess());
   }
 
-  /** The time (clock) at which this turn began, if none is under way one that begins now: a look at the clock for each frame costs. */
+  /** The time (clock) by which this turn goes; one begins if none is under way. A look at the clock for each frame would cost more. */
   now(): number {
     this.#wake();
     return this.#now;
@@ -2033,7 +2037,8 @@ class Turns {
 
   /**
    * Keeps Bun's last compiler from what runs for each frame. It saves a full core 5 %. But a machine that grants 5 ms of CPU in each
-   * 80 ms has to compile with the same 5 ms: there the relay stood still for up to 150 ms at a time.
+   * 80 ms has to compile with the same 5 ms: there the relay stood still for up to 150 ms at a time. This is for good, and for
+   * every relay of the process: Bun can't take it back.
    */
   #compileLess(): void {
     withoutFTL([
@@ -2218,7 +2223,7 @@ function pinged(socket: Socket): void {
 
 function ponged(socket: Socket): void {
   const { relay, unanswered } = socket.data;
-  heard(socket, relay.turns.now());
+  heard(socket, relay.config.clock.now()); // an answer makes no turn: a quiet relay sleeps on
   if (unanswered === 0) relay.turns.receivedPing(socket);
 }
 
@@ -2325,7 +2330,7 @@ class Memory {
     if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
   }
 
-  /** Looks if the sockets opened since the last look could fill a good part of what was left then. */
+  /** Looks if more than a few have been opened since the last look, and unfinished messages of all could fill what was left then. */
   lookIfManyOpened(): void {
     if (this.#relay.sockets.size >= this.#lookAtSockets) this.look();
   }
@@ -2348,15 +2353,15 @@ class Memory {
     }
     this.isShort = used > limit;
     this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
-    const fit = maxMessageBytes === 0 ? 0 : (limit - used) / 4 / maxMessageBytes; // unfinished messages
-    this.#lookAtSockets = this.#relay.sockets.size + Math.max(LOOK_SOCKETS, fit);
+    const fit = maxMessageBytes === 0 ? 0 : (limit - used) / Math.max(maxMessageBytes, SOCKET_BYTES);
+    this.#lookAtSockets = Math.max(this.#relay.sockets.size + LOOK_SOCKETS, fit);
     const freed = this.#cuts.reduce((sum, { bytes, until }) => sum + (until > now ? bytes : 0), 0);
     const excess = used - limit - freed;
     if (excess > 0) this.#cuts.push({ bytes: this.#cut(excess, used), until: now + EFFECT_MS });
     this.#cuts = this.#cuts.filter(({ bytes, until }) => bytes > 0 && until > now);
     const { turns } = this.#relay;
     if (this.isShort && this.isFalling) {
-      turns.hold(this.#quietSockets(now - QUIET_HELD_MS));
+      turns.hold(this.#quietSockets(turns.now() - QUIET_HELD_MS));
       this.#heldAt = now;
     } else if (now < this.#heldAt + RELEASE_MS)
       turns.release(maxMessageBytes === 0 ? Infinity : Math.max(LOOK_SOCKETS, (limit - used) / maxMessageBytes));
@@ -2919,6 +2924,7 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   const { cluster } = relay.config;
   const { address, isNamed } = readAddress(relay, request, server);
   const upgrade = method === "GET" && headers.get("upgrade")?.toLowerCase() === "websocket";
+  // Nothing is routed then, and the URL needn't be read: that is 2 µs of connecting.
   if (upgrade && cluster === undefined) return takeUpgrade(relay, request, server, address, undefined);
   // Cut out by hand, because the host before it may be anything that a client sends.
   const [, path = "/", query = ""] = /^(?:https?:\/\/[^/?]*)?([^?]*)(.*)$/i.exec(request.url) ?? [];
@@ -3166,12 +3172,12 @@ function warnOfDescriptors({ maxConnections, log }: Config): void {
 }
 
 /** Keeps Bun's last compiler (FTL) from functions. It compiles once more what has run some seven thousand times. */
-function withoutFTL(functions: readonly unknown[]): void {
+function withoutFTL(functions: readonly ((...args: never[]) => unknown)[]): void {
   for (const each of functions) noFTL(each as () => void);
 }
 
-// What runs once a member never pays for that: it took 20 ms of CPU when the seven thousandth came.
-withoutFTL([knownKey, Session, opened, addressOf, useOrigin, parseObject, MESSAGES.join.parse, Misses.prototype.isOver]);
+// What runs once a member isn't worth that compiler: it took 20 ms of CPU for these when the seven thousandth had connected.
+withoutFTL([knownKey, opened, addressOf, useOrigin, parseObject, MESSAGES.join.parse, Misses.prototype.isOver]);
 withoutFTL([Turns.prototype.isUpToDate, addSlot, unremember, settle, Memory.prototype.lookIfManyOpened]);
 withoutFTL([Turns.prototype.discard, releaseAddress, watchIdle]);
 
