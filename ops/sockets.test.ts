@@ -3,7 +3,7 @@
  * its own if its memory or its end matters. About 2 s.
  */
 import { describe, expect, test } from "bun:test";
-import { configFromEnv } from "../server.ts";
+import { type ClientMessage, configFromEnv } from "../server.ts";
 import { Client, type Frame } from "./shared/client.ts";
 import { vitals } from "./shared/metrics.ts";
 import { RelayProcess } from "./shared/processes.ts";
@@ -71,6 +71,22 @@ describe("a member that can't keep up", () => {
       expect(numbers.length).toBeLessThan(MESSAGES);
     }
   }, 30_000);
+});
+
+test("of who joined with a large frame and left, the relay remembers little more than the clientId", async () => {
+  await using child = await RelayProcess.start();
+  const host = await Client.open(child.url);
+  const room = await host.create(10);
+  const guest = await Client.open(child.url);
+  const pad = "x".repeat(250_000);
+  const visit = async (clientId: string) => {
+    await guest.ask({ type: "join", clientId, room, pad } as ClientMessage);
+    await guest.ask({ type: "leave" });
+  };
+  for (const n of upTo(100)) await visit(`${n % 2} of two that come again and again`); // the heap of a fresh process grows
+  const { rssBytes: before } = await vitals(child.url);
+  for (const n of upTo(300)) await visit(`${n} of hundreds, ${n % 2 ? "as Latin-1" : "as Ω"}`); // 75 MB in all
+  expect((await vitals(child.url)).rssBytes - before).toBeLessThan(25_000_000);
 });
 
 /** How many timers wait when there is nothing to do: those that look after a busy relay have ended. */
