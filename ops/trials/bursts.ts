@@ -238,11 +238,12 @@ class Scene {
 
   /**
    * A socket's end is that of the stays that it has asked for, too. Who hangs up before its `join` is answered may have replaced
-   * nobody, so the old socket goes with it.
+   * nobody, so the old socket goes with it. If its `join` is handled before that is noticed, it is in no room, and not heard.
    */
   #hangsUp({ stay, coming, old }: Caller, how: Stay["end"]): void {
     if (coming.length > 0) old?.client.terminate();
-    for (const each of [stay, ...coming]) if (each !== undefined && !each.isOver) this.#ends(each, how);
+    for (const each of [stay, ...coming])
+      if (each !== undefined && !each.isOver) this.#ends(each, each !== stay && old !== undefined ? "lost" : how);
   }
 
   /** A socket joins, for somebody new, somebody who was away, or somebody whose other socket is still there. */
