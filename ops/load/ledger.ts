@@ -64,6 +64,11 @@ export class Ledger {
     else this.doubled++;
   }
 
+  /** Deliveries that may still come. One that came twice stands for no other. */
+  get pending(): number {
+    return this.due - (this.delivered - this.doubled);
+  }
+
   /** Latencies since this was called before. */
   takeLatency(): Histogram {
     const latency = this.#latency;

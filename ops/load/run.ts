@@ -222,7 +222,7 @@ export class Run {
   async #settle(): Promise<void> {
     let last = -1;
     let sinceMs = performance.now();
-    while (this.#ledger.delivered < this.#ledger.due) {
+    while (this.#ledger.pending > 0) {
       if (this.#ledger.delivered !== last) {
         last = this.#ledger.delivered;
         sinceMs = performance.now();
