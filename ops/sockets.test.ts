@@ -1,6 +1,6 @@
 /**
  * What needs raw sockets, a process or time: slow members, floods, dead peers, odd HTTP, stopping. The relay is a process of
- * its own if its memory or its end matters. About 2 s.
+ * its own if its memory or its end matters. About 5 s.
  */
 import { describe, expect, test } from "bun:test";
 import { type ClientMessage, configFromEnv } from "../server.ts";
