@@ -834,6 +834,8 @@ class Session {
   readonly bucket: Bucket;
   /** Frames that wait to be handled, while the socket is paused; undefined if frames are handled as they are read. */
   queue: (string | Buffer)[] | undefined;
+  /** Its number among all sockets, in the order in which they opened. */
+  serial = 0;
   /** How often it was peeked at since it was paused. */
   peeks = 0;
   /** Whether it is read from all the same, until something comes. */
@@ -920,6 +922,8 @@ class Relay {
   readonly turns: Turns;
   readonly memory: Memory;
   readonly lookUpMisses: Misses;
+  /** The number of the socket that opened last. */
+  lastSerial = 0;
   readonly socketMisses: Misses;
   readonly searches: Searches;
   readonly capLogged = new Map<string, number>();
@@ -1370,7 +1374,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       if (slot?.barred) return refuse("kicked");
       if (slot === undefined && room.locked) return refuse("room_locked");
       const old = slot && room.connected.get(slot.index);
-      if (old !== undefined && socket.data.goodbye !== undefined) return; // it has closed meanwhile, and replaces nobody
+      // A socket that has closed meanwhile replaces none that opened after it: that may be the same person, back again.
+      if (old !== undefined && socket.data.goodbye !== undefined && old.data.serial > socket.data.serial) return;
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       const kind: Join = old !== undefined ? "replaced" : slot !== undefined ? "resumed" : "new";
@@ -2182,6 +2187,7 @@ function opened(socket: Socket): void {
   relay.connectionsTotal++;
   session.origin.connections++;
   relay.memory.lookIfManyOpened();
+  session.serial = ++relay.lastSerial;
   if (relay.memory.isShort) return turnAway(socket, "memory");
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
     const victim = first(relay.roomless) ?? socket;

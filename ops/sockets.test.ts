@@ -257,6 +257,40 @@ describe("a flooder", () => {
     expect(await vitals(at.relay.url)).toMatchObject({ rooms: 1, clients: 2 });
   });
 
+  /** Somebody whose `join` and message wait behind a burst of pings when the socket has closed properly already. */
+  async function comesAndGoes(url: string, room: string, clientId: string): Promise<void> {
+    const raw = await RawSocket.open(url);
+    const pings = upTo(2 * RATE).map((t) => ({ type: "ping", t }));
+    const messages = [...pings, { type: "join", room, clientId }, { type: "send", data: "was here" }];
+    raw.write(Buffer.concat([...messages.map((message) => clientFrame(JSON.stringify(message))), farewell()]));
+    while ((await raw.next()).t !== 2 * RATE - 2); // the last one that the burst has a token for
+  }
+
+  test("that has closed properly before its join is handled takes the slot from the older socket, and is heard", async () => {
+    await using at = await scene();
+    const older = await Client.open(at.relay.url);
+    expect(await older.join(at.room, "comes and goes")).toMatchObject({ index: 2 });
+    await at.peer.next();
+    await comesAndGoes(at.relay.url, at.room, "comes and goes");
+    expect(await at.peer.soFar()).toEqual([]);
+    at.clock.advance(TICK_MS);
+    expect(await older.closed).toEqual({ code: 4000, reason: "replaced" });
+    expect(await at.peer.next()).toEqual({ type: "message", from: 2, data: "was here" });
+    expect(await at.peer.next()).toEqual({ type: "peer_left", index: 2 });
+  });
+
+  test("that has closed properly before its join is handled takes no slot from a socket that opened after it", async () => {
+    await using at = await scene();
+    await comesAndGoes(at.relay.url, at.room, "comes and goes");
+    const newer = await Client.open(at.relay.url);
+    expect(await newer.join(at.room, "comes and goes")).toMatchObject({ index: 2 });
+    await at.peer.next();
+    at.clock.advance(TICK_MS);
+    expect(await at.peer.soFar()).toEqual([]);
+    newer.send({ type: "send", data: "is here" });
+    expect(await at.peer.next()).toEqual({ type: "message", from: 2, data: "is here" });
+  });
+
   test("has no new burst for coming back, nor in another room", async () => {
     await using at = await scene();
     at.flooder.send(...numbered(burst));

@@ -41,8 +41,6 @@ class Stay {
   /** What its `join` came to: a socket that replaces another is announced to nobody. */
   isAnnounced = true;
   isOver = false;
-  /** Its `join` may have been refused in silence: its socket had closed, and the old one was still there. */
-  mayBeNone = false;
   /** Messages to everyone, and those to the witness alone. */
   sent = 0;
   whispered = 0;
@@ -239,13 +237,12 @@ class Scene {
   }
 
   /**
-   * A socket's end is that of the stays that it has asked for, too. Who hangs up before its `join` is answered may have replaced
-   * nobody, so the old socket goes with it. If its `join` is handled before that is noticed, nothing of it is heard.
+   * A socket's end is that of the stays that it has asked for, too. Who is lost before its `join` is answered has replaced nobody,
+   * so the old socket goes with it.
    */
   #hangsUp({ stay, coming, old }: Caller, how: Stay["end"]): void {
     if (coming.length > 0) old?.client.terminate();
     for (const each of [stay, ...coming]) if (each !== undefined && !each.isOver) this.#ends(each, how);
-    if (old !== undefined) for (const each of coming) each.mayBeNone = true;
   }
 
   /** A socket joins, for somebody new, somebody who was away, or somebody whose other socket is still there. */
@@ -409,8 +406,7 @@ class Scene {
       const came = [counts.get(id) ?? 0, whispers.get(id) ?? 0];
       const isWhole = came[0] === sent && came[1] === whispered;
       const mayBeCut = end === "lost" || (end === "close" && story.some(({ at }) => at >= endedAt + GOODBYE_MS));
-      const isNone = stay.mayBeNone && came[0] === 0 && came[1] === 0;
-      if (!mayBeCut && !isWhole && !isNone)
+      if (!mayBeCut && !isWhole)
         this.#fail(`of stay ${id} (${end}) ${came} messages and whispers came, ${[sent, whispered]} were sent`);
       if (stay.index >= 0) this.#judgeListener(room, stay);
     }
