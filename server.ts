@@ -392,6 +392,14 @@ function skipValue(json: string, at: number): number {
   }
 }
 
+/** The index of the next name or value: inside an object only space, `:` and `,` stand between them. */
+function skipBetween(json: string, at: number): number {
+  for (let i = at; ; i++) {
+    const code = json.charCodeAt(i);
+    if (!isSpace(code) && code !== 0x3a && code !== 0x2c) return i;
+  }
+}
+
 /**
  * The text of a member of a JSON object, as it was written: the last one of that name, names compared unescaped.
  * @param json a valid JSON object
@@ -399,21 +407,16 @@ function skipValue(json: string, at: number): number {
  */
 export function memberText(json: string, name: string): string | undefined {
   let found: string | undefined;
-  let i = json.indexOf("{") + 1;
-  /** Goes to the next name or value: at this depth only space, `:` and `,` stand between them. */
-  const next = (): number => {
-    for (let code = json.charCodeAt(i); isSpace(code) || code === 0x3a || code === 0x2c; code = json.charCodeAt(i)) i++;
-    return i;
-  };
+  let end = json.indexOf("{") + 1;
   for (;;) {
-    const nameAt = next();
-    if (json.charCodeAt(i) === 0x7d) return found;
-    i = skipValue(json, i);
-    const written = json.slice(nameAt + 1, i - 1);
+    const nameAt = skipBetween(json, end);
+    if (json.charCodeAt(nameAt) === 0x7d) return found;
+    end = skipValue(json, nameAt);
+    const written = json.slice(nameAt + 1, end - 1);
     const isWanted = written === name || (written.includes("\\") && JSON.parse(`"${written}"`) === name);
-    const valueAt = next();
-    i = skipValue(json, i);
-    if (isWanted) found = json.slice(valueAt, i);
+    const valueAt = skipBetween(json, end);
+    end = skipValue(json, valueAt);
+    if (isWanted) found = json.slice(valueAt, end);
   }
 }
 
@@ -831,11 +834,11 @@ class Session {
   flow!: Flow;
   /** The record of its address; set when the socket opens. */
   home!: Address;
+  /** Its number among all sockets, in the order in which they opened. */
+  serial = 0;
   readonly bucket: Bucket;
   /** Frames that wait to be handled, while the socket is paused; undefined if frames are handled as they are read. */
   queue: (string | Buffer)[] | undefined;
-  /** Its number among all sockets, in the order in which they opened. */
-  serial = 0;
   /** How often it was peeked at since it was paused. */
   peeks = 0;
   /** Whether it is read from all the same, until something comes. */
@@ -919,11 +922,11 @@ class Relay {
   remembered = 0;
   /** Connected members. */
   clients = 0;
+  /** The number of the socket that opened last. */
+  lastSerial = 0;
   readonly turns: Turns;
   readonly memory: Memory;
   readonly lookUpMisses: Misses;
-  /** The number of the socket that opened last. */
-  lastSerial = 0;
   readonly socketMisses: Misses;
   readonly searches: Searches;
   readonly capLogged = new Map<string, number>();
@@ -1687,7 +1690,10 @@ class Turns {
   constructor(config: Config, relay: Relay) {
     this.#config = config;
     this.#relay = relay;
-    this.#rest = new Rest(config, () => this.#compileLess());
+    this.#rest = new Rest(config, () => {
+      capReached(relay, "cpu");
+      this.#compileLess();
+    });
   }
 
   /** The time (clock) by which this turn goes; one begins if none is under way. A look at the clock for each frame would cost more. */
@@ -2046,12 +2052,16 @@ class Turns {
    * every relay of the process: Bun can't take it back.
    */
   #compileLess(): void {
-    withoutFTL([
-      ...[received, heard, dispatch, perform, parseUsualSend, indexBetween, isJson, isPlainJson, isParsed, MESSAGES.send.handle],
-      ...[publish, publishNow, write, delivered, Bucket.prototype.take, Bucket.prototype.isEmpty],
-      ...[this.now, this.received, this.countCalls, this.#wake, this.#takeIn, this.#takeToken, this.#begin, this.#end],
-      ...[this.#hasCredit, this.#mayHandle, this.#handle, this.#bill, this.#rest.after, this.#config.clock.now],
-    ]);
+    const { send, ping } = MESSAGES;
+    const { take, isEmpty } = Bucket.prototype;
+    withoutFTL([received, heard, dispatch, perform, isMessageType, send.parse, send.handle, ping.parse, ping.handle]);
+    withoutFTL([parseUsualSend, indexBetween, isJson, isPlainJson, isParsed, isDigit, isSpace]);
+    withoutFTL([memberText, skipBetween, skipValue, parseTargets, isIndex, isWhole]);
+    withoutFTL([publish, publishNow, write, delivered, messageFrame, first, take, isEmpty]);
+    withoutFTL([this.now, this.received, this.countCalls, this.publishLater, this.#wake, this.#takeIn, this.#takeToken]);
+    withoutFTL([this.#begin, this.#end, this.#hasCredit, this.#mayHandle, this.#handle, this.#bill, this.#sendOutbox]);
+    withoutFTL([this.#wait, this.#pause, this.#enqueue, this.#serve, this.#goOn, this.#peek, this.#endPeek]);
+    withoutFTL([this.#rest.after, this.#config.clock.now]);
   }
 }
 
@@ -2180,6 +2190,7 @@ function opened(socket: Socket): void {
   session.home = addressOf(relay, session.address);
   session.home.sockets.add(socket);
   session.flow = session.home.flow;
+  session.serial = ++relay.lastSerial;
   session.origin = useOrigin(relay, session.originName);
   session.heardAt = clock.now();
   if (relay.stage.name === "ended") return hangUp(socket, CloseCode.RESTARTING, "restarting");
@@ -2187,7 +2198,6 @@ function opened(socket: Socket): void {
   relay.connectionsTotal++;
   session.origin.connections++;
   relay.memory.lookIfManyOpened();
-  session.serial = ++relay.lastSerial;
   if (relay.memory.isShort) return turnAway(socket, "memory");
   if (maxConnections !== 0 && relay.sockets.size > maxConnections) {
     const victim = first(relay.roomless) ?? socket;
