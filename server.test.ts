@@ -1488,6 +1488,12 @@ describe("stopping", () => {
     void q.relay.drain();
     expect((await q.host.closed).code).toBe(1012);
   });
+  test("a program that embeds it and lets go of it is told that it has ended", async () => {
+    const p = await party(1);
+    await p.relay[Symbol.asyncDispose]();
+    expect(await p.relay.ended).toBe("drained");
+    expect(await p.relay.drain()).toBe("drained");
+  });
   test("a lone screen's blip costs no room that lingers: it is there again, up to the drain's end", async () => {
     const clock = new TestClock();
     await using p = await party(0, { clock, drainSeconds: 20 }, { linger: 300 });

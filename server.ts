@@ -117,7 +117,7 @@ export type ServerMessage =
       peers: number[];
       /** The host's slot, if it isn't 0. */
       host?: number;
-      /** The slot was this clientId's, and vacant. */
+      /** The slot was there already, and vacant: this clientId's own, or one that it claimed. */
       resumed?: true;
       locked?: true;
       url?: string;
@@ -180,7 +180,7 @@ export const CloseCode = {
 /** What Bun's close handler is told if no close frame came: a reset, a dead peer, a cut. */
 const NO_CLOSE_FRAME = 1006;
 
-/** The refusals whose code says all. */
+/** The refusals with one message each, by their code. */
 const REFUSALS = {
   bad_json: "Invalid JSON",
   unknown_type: "Unknown message type",
@@ -405,7 +405,7 @@ function skipBetween(json: string, at: number): number {
  * @param json a valid JSON object
  * @returns undefined if it has no such member
  */
-export function memberText(json: string, name: string): string | undefined {
+function memberText(json: string, name: string): string | undefined {
   let found: string | undefined;
   let end = json.indexOf("{") + 1;
   for (;;) {
@@ -488,7 +488,7 @@ const CAP_LOG_MS = 60_000;
 
 // A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
-const LARGE_BYTES = 4 * MIB; // a frame for more than this, all members together, goes to one after the other
+const LARGE_BYTES = 4 * MIB; // a broadcast of more than this, for all its receivers together, goes to one after the other
 const CALL_WORK = 6; // of a system call: each frame to one socket is one; what a room broadcasts in a turn is one a member
 const SIT_WORK = 20; // of a member that sits down
 const TURN_WORK = 6_000; // that a turn does at most, shared by the rooms: some 3 ms
@@ -505,19 +505,19 @@ const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathe
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
-const WITHHELD_MS = 12; // so much later than due, and not for work of ours: more than a competing process does
+const WITHHELD_MS = 12; // a timer that is this much later than our own work explains: a competing process delays it less
 const AGAIN_MS = 250; // late once is a hiccup, twice within this time is none
 const KNOWN_WITHHELD_MS = 6; // the same if it is known that the machine sets a limit
-const AT_LIMIT = 0.9; // late while more than this part of it is used: that was the limit
+const AT_LIMIT = 0.9; // to be late once is enough if more than this part of what is granted is used
 const WITHHELD_REST_MS = 4; // at first; then longer with each time that CPU is withheld
-const LONGER = 1.2;
+const LONGER = 1.2; // times as long, each time
 const LONGEST_REST_MS = 9.5; // with the timer's own lateness under 10 ms
 const USE = 0.65; // of what the machine grants; some moments need more than others
 const USED_MS = 1_000; // over which the use of CPU is averaged
 const SETTLE_MS = 1_000; // in which the rest follows it
 const PATIENCE_MS = 2_000; // until a relay from which nothing was withheld tries to use more
-const MOST_PATIENCE_MS = 8_000; // if it has tried in vain
-const TRIAL_MS = 2_500; // until it uses as much as it was granted; soon after that, anything
+const MOST_PATIENCE_MS = 8_000; // it doubles each time that trying was in vain
+const TRIAL_MS = 2_500; // from then until it uses all that was granted; after twice this, no limit is assumed any more
 
 const UNSENT_BYTES = 64 * 1024; // a socket with less than this unsent isn't cut for memory
 const ROOM_BYTES = 2048; // about what a lingering room occupies, without its state and the slots that it remembers
@@ -530,8 +530,8 @@ const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
 const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
-const RELEASE_MS = 1_000; // over which those that were held are read on from again, as many at each look as there is memory for
-const LOOK_SOCKETS = 32; // so many are few: opened since the last look at memory, in a room, or from an address
+const RELEASE_MS = 1_000; // for so long after the last hold each look reads on from as many as there is memory for; later only turns do
+const LOOK_SOCKETS = 32; // up to so many sockets are few: opened since the last look at memory, in one room, or of one address
 const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
 // ---- Config ----------------------------------------------------------------------------------------------
@@ -775,7 +775,7 @@ function peerFaults(ids: ReadonlySet<string>, address: string, { instance, host,
 
 // ---- State -----------------------------------------------------------------------------------------------
 
-/** A place in a room. It is connected, or absent, or barred. */
+/** A place in a room. A socket is on it (`connected`), or none (`absent`, unless it is the host's). A barred one is absent, too. */
 type Slot = {
   readonly room: Room;
   readonly index: number;
@@ -1671,7 +1671,7 @@ class Turns {
   /** Whether this turn had its one frame that is larger than a share. */
   #hadLarge = false;
   /** The flow whose large frame waits for the next turn, because this one had its large frame. */
-  #refused: Flow | undefined;
+  #largeNext: Flow | undefined;
   /** The flow that the frame in hand is charged to. */
   #payer: Flow | undefined;
   /** `work` when somebody was last charged. */
@@ -1683,7 +1683,7 @@ class Turns {
   /** Sockets that aren't read from, because their flow has brought much or memory is short; the flows in rotation. */
   readonly #held = new Map<Flow, Set<Socket>>();
   /** How many of them the next turn reads on from: one after a turn in which a flow was held, and then twice as many with each turn. */
-  #readOn = TURN_SOCKETS;
+  #readFrom = TURN_SOCKETS;
   #cancelRefill: (() => void) | undefined;
   readonly #rest: Rest;
 
@@ -1715,13 +1715,16 @@ class Turns {
     else this.#wait(socket, frame, flow);
   }
 
-  /** Takes what isn't a frame of ours: a ping, or a pong that nobody asked for. */
+  /** Takes a control frame that costs a token: a ping, or a pong that nobody asked for. */
   receivedPing(socket: Socket): void {
     this.#takeIn(socket);
     this.#takeToken(socket);
   }
 
-  /** Whether a room can take a joiner now: nothing of it waits, so that its members know who has left, and it has credit. */
+  /**
+   * Whether a room can take a joiner now: nothing of it waits, so that its members know who has left, and it has credit. Or it is the
+   * room's turn already: then its outbox is sent, and the joiner has waited.
+   */
   isUpToDate(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
   }
@@ -1839,12 +1842,11 @@ class Turns {
 
   /**
    * Counts what is read. Once a turn has read TURN_FRAMES, a flow that brings its FLOW_FRAMES-th frame or a later one is held: none of
-   * its sockets is read from, until a later turn reads on from a few. So nobody keeps the others waiting by sending much. What
-   * comes ends a peek.
+   * its sockets is read from, until a later turn reads on from a few. So nobody keeps the others waiting by sending much.
    */
   #takeIn(socket: Socket): void {
     this.#wake();
-    this.#endPeek(socket);
+    this.#endPeek(socket); // something came
     const { flow, home } = socket.data;
     if (flow.readIn !== this.#turn) {
       flow.readIn = this.#turn;
@@ -1853,7 +1855,7 @@ class Turns {
     flow.frames++;
     if (++this.#frames < TURN_FRAMES || flow.frames < FLOW_FRAMES) return;
     flow.frames = -Infinity; // held once in a turn is enough
-    this.#readOn = 1;
+    this.#readFrom = 1;
     this.hold((flow.room?.connected.values() ?? home.sockets.values()).filter(({ data }) => data.flow === flow));
   }
 
@@ -1879,7 +1881,7 @@ class Turns {
     this.#begunAt = now;
     this.#now = now;
     this.#hadLarge = false;
-    this.#refused = undefined;
+    this.#largeNext = undefined;
     this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
     this.#flows = 0;
     setImmediate(() => this.#end());
@@ -1893,13 +1895,13 @@ class Turns {
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
     if (this.#behind.size === 0 && !canReadOn) return this.#rest.after(this.#begunAt, now, this.deliveries);
     this.#begin(now);
-    if (canReadOn) this.release(this.#readOn);
-    this.#readOn = Math.min(TURN_SOCKETS, 2 * this.#readOn);
+    if (canReadOn) this.release(this.#readFrom);
+    this.#readFrom = Math.min(TURN_SOCKETS, 2 * this.#readFrom);
     const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
       if (this.work >= enough) break;
       this.#serve(flow);
-      if (flow === this.#refused) continue; // it keeps its place for the next turn's large frame
+      if (flow === this.#largeNext) continue; // it keeps its place for the next turn's large frame
       this.#behind.delete(flow);
       if (flow.isBehind) this.#behind.add(flow);
     }
@@ -1953,7 +1955,7 @@ class Turns {
     const receivers = flow.room?.connected.size ?? 1;
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
     if (this.#hadLarge) {
-      this.#refused = flow;
+      this.#largeNext = flow;
       return false;
     }
     this.#hadLarge = true;
@@ -2027,8 +2029,9 @@ class Turns {
   }
 
   /**
-   * Reads from a paused socket until something comes, PEEKS times at most, if bytes to it are unsent: perhaps it was reset. If the
-   * reset was reported to a send of ours, only reading shows it. (A FIN of somebody who takes nothing is taken for a reset, too.)
+   * Looks whether a paused socket was reset: reads from it until something comes, PEEKS times at most, and only if bytes to it are
+   * unsent. If a send of ours was told of the reset, only reading shows it. (A FIN of somebody who takes nothing is taken for a
+   * reset, too.)
    */
   #peek(socket: Socket): void {
     const session = socket.data;
@@ -2082,7 +2085,7 @@ class Rest {
   /** Whether it looks each LOOK_MS: as long as there are turns, so that a quiet relay sleeps on. */
   #isLooking = false;
   #hadTurn = false;
-  /** Deliveries so far, as far as frames gather for them. */
+  /** `Turns.deliveries` at the end of the last turn. */
   #deliveries = 0;
   /** Clock time, CPU time and deliveries at the last look. */
   #last = { at: 0, cpu: 0, deliveries: 0 };
@@ -2266,7 +2269,10 @@ function gone(socket: Socket, code: number): void {
   depart(socket, slot, isBehind || cut ? "slow" : "lost");
 }
 
-/** Pings who has been quiet, and cuts who answered nothing for two sweeps: a dead phone sends no FIN. */
+/**
+ * Pings who has been quiet, and cuts who answered nothing for two sweeps: a dead phone sends no FIN. Forgets misses and searches
+ * that are over.
+ */
 function sweep(relay: Relay): void {
   const now = relay.config.clock.now();
   for (const socket of relay.sockets) {
@@ -2355,7 +2361,7 @@ class Memory {
     return this.#cuts.length > 0;
   }
 
-  /** Cuts what is above the limit. */
+  /** Looks at memory: cuts what is above the limit, holds sockets or reads on from them, and sets when to look again. */
   look(): void {
     const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
     if (limit === 0 || this.#relay.stage.name === "ended") return;
@@ -2482,7 +2488,7 @@ class Misses {
     this.#config = config;
   }
 
-  /** Whether an address has used up its minute. To be asked before anything is looked up for it. */
+  /** Whether an address has used up its minute. It is told then of no room in which it doesn't sit, whether there is one or not. */
   isOver(address: string): boolean {
     const { clock, maxMissesPerMinute: most } = this.#config;
     const minute = this.#minutes.get(address);
@@ -2833,7 +2839,7 @@ const METRICS: readonly Metric[] = [
     (relay) => by("outcome", relay.replays)],
   ["counter", "party_sockets_probes_total", "Siblings asked for a room, by what they answered",
     (relay) => by("outcome", relay.probes)],
-  ["counter", "party_sockets_paused_total", "Times that a socket was paused: it sent too fast, or its room had its share",
+  ["counter", "party_sockets_paused_total", "Times that a socket was paused: it sent too fast, its room or address had its share, or memory was short",
     (relay) => relay.pausedTotal],
   ["gauge", "party_sockets_draining", "1 after a stop signal",
     (relay) => (relay.stage.name === "serving" ? 0 : 1)],
@@ -2939,7 +2945,7 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
   const { cluster } = relay.config;
   const { address, isNamed } = readAddress(relay, request, server);
   const upgrade = method === "GET" && headers.get("upgrade")?.toLowerCase() === "websocket";
-  // Nothing is routed then, and the URL needn't be read: that is 2 µs of connecting.
+  // Without a cluster nothing is routed, and the URL needn't be read.
   if (upgrade && cluster === undefined) return takeUpgrade(relay, request, server, address, undefined);
   // Cut out by hand, because the host before it may be anything that a client sends.
   const [, path = "/", query = ""] = /^(?:https?:\/\/[^/?]*)?([^?]*)(.*)$/i.exec(request.url) ?? [];
@@ -3098,7 +3104,7 @@ export type RelayHandle = {
   drain(): Promise<"idle" | "drained">;
   /** Logs and counts an exception that no handler caught. */
   report(error: unknown): void;
-  /** Stops at once, without waiting for anybody. */
+  /** Stops at once, without waiting for anybody. `ended` resolves, too. */
   [Symbol.asyncDispose](): Promise<void>;
 };
 
@@ -3129,6 +3135,7 @@ export function startRelay(options: Partial<Config> = {}): RelayHandle {
     async [Symbol.asyncDispose]() {
       relay.stage = { name: "ended" }; // no room lingers
       await relay.server.stop(true);
+      relay.ended.resolve("drained");
     },
   };
 }
@@ -3215,7 +3222,7 @@ async function main(): Promise<void> {
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error;
     error.log("start refused", { reason: error.message });
-    console.error(error.message);
+    console.error(error.message); // a line a fault; in the log all are on one
     process.exit(1);
   }
 }

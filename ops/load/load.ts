@@ -15,7 +15,7 @@
  *                                                                     a cluster of two (--relays) behind it, alternating
  *
  * `--help` lists the flags. Exit code: 0 all well; 1 a delivery was lost, doubled, out of order or astray, or the server
- * closed a socket or refused something; 2 the run could not be made.
+ * closed a socket or refused something, or with --carry not even one room was carried; 2 the run could not be made.
  *
  * How it works: plain TCP sockets, one thread. Frames are built once, and a message costs filling in a header in place: sender,
  * sequence number, send time. A delivery is read from the bytes as they arrive, no JSON parsed. If there are two cores and

@@ -1,7 +1,7 @@
 /**
- * The members of the rooms: they connect, read, answer pings, and write what they are given. They have a WebSocket of their own, and not the raw sockets of the tests: a relay that fills its core makes over a million
- * deliveries a second, and one core has to take them all. So no frame is copied, no text decoded and no JSON parsed: of a
- * delivery only the header is looked at.
+ * The members of the rooms: they connect, read, answer pings, and write what they are given. They have a WebSocket of their own, and
+ * not the raw sockets of the tests: a relay that fills its core makes over a million deliveries a second, and one core has to take
+ * them all. So no frame is copied, no text decoded and no JSON parsed: of a delivery only the header is looked at.
  */
 import type { Socket } from "bun";
 import { handshake } from "../shared/sockets.ts";

@@ -182,11 +182,10 @@ export function notes(result: Result, { mode, rate, game, cpu, rival }: Scenario
     found.push(`the server was not saturated (${percent(result.serverCpuCore)} of a core): raise --window or --rooms`);
   if (result.lateMsP99 > LATE_MS)
     found.push(`the load tool sent up to ${result.lateMsP99.toFixed(1)} ms late (p99): latencies are partly its own`);
-  // With a quota or a rival the server has to wait.
-  const { tool } = result.waited;
-  const server = cpu === undefined && rival.length === 0 ? result.waited.server : 0;
+  const { server, tool } = result.waited;
+  const hasToWait = cpu !== undefined || rival.length > 0;
   const sharesCores = result.proxyCpuMicros !== null; // nginx with a relay, and perhaps a relay with the tool
-  if (!sharesCores && Math.max(server, tool) > BUSY_MACHINE)
+  if (!sharesCores && Math.max(hasToWait ? 0 : (server ?? 0), tool) > BUSY_MACHINE)
     found.push(
       `the machine is busy with something else: the server waited ${percent(server)} of the time for a core, ` +
         `the load tool ${percent(tool)}`,

@@ -56,8 +56,8 @@ export type Result = Stretch & {
   toolCpuCore: number;
   /** How late the tool itself sent. */
   lateMsP99: number;
-  /** Share of the time in which they were ready to run and had no core. */
-  waited: { server: number; tool: number };
+  /** Share of the time in which they were ready to run and had no core; null if unknown. */
+  waited: { server: number | null; tool: number };
   /** Whether nothing was lost, doubled, out of order, astray, closed or refused. */
   ok: boolean;
 };
@@ -149,7 +149,10 @@ export class Run {
       toolCpuCore: share(after.toolCpu - before.toolCpu),
       lateMsP99: this.#sender.takeLate().percentileMs(99),
       waited: {
-        server: share(after.serverWaited - before.serverWaited),
+        server:
+          before.serverWaited === undefined || after.serverWaited === undefined
+            ? null
+            : share(after.serverWaited - before.serverWaited),
         tool: share(after.toolWaited - before.toolWaited),
       },
       ok: lost + doubled + outOfOrder + astray + Object.keys(closed).length + errors.length === 0,

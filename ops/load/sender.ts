@@ -22,9 +22,9 @@ export class Sender {
   readonly #traffic: Traffic;
   readonly #members: Members;
   readonly #ledger: Ledger;
-  /** Messages of one write: of several if the room is saturated. */
+  /** Messages in one write: one, or several if the room is saturated. */
   readonly #batchSize: number;
-  /** A room with no more deliveries outstanding gets another batch. */
+  /** A room gets another batch once no more than so many deliveries are outstanding. */
   readonly #refillAt: number;
   /** By the slot they are for and the size of their data. */
   readonly #batches = new Map<string, Batch>();

@@ -176,9 +176,9 @@ export class Server {
     return sum(this.#relays.map((meter) => meter.residentBytes()));
   }
 
-  /** How long the relays were ready to run and had no core, in µs since they began; 0 if unknown. */
-  waitedMicros(): number {
-    return sum(this.#relays.map(({ pid }) => schedstat(String(pid))?.waited)) ?? 0;
+  /** How long the relays were ready to run and had no core, in µs since they began; undefined as above. */
+  waitedMicros(): number | undefined {
+    return sum(this.#relays.map(({ pid }) => schedstat(String(pid))?.waited));
   }
 
   /** How often its quota stopped it, since it began; undefined if it has none. */
