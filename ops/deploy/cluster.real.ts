@@ -325,6 +325,22 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
     relay.signal("SIGTERM");
     for (const player of [draining.host, draining.guest]) expect(await player.next()).toEqual({ type: "draining", seconds: 60 });
     for (const _ of [1, 2, 3, 4]) expect(await newcomer(cluster.url)).not.toBe(draining.id);
+    for (const path of [
+      `//${draining.room}`,
+      "//1abcde",
+      "/%31abcde",
+      "/room/",
+      "/room//1abcde",
+      "/room/1abcde/",
+      "/x/../1abcde",
+    ]) {
+      const entrance = await cluster.entrance(...cluster.ids); // one that hasn't found out yet
+      for (const _ of [1, 2, 3]) {
+        const raw = await RawSocket.connect(entrance.url);
+        raw.write(handshake(path));
+        expect({ path, head: (await raw.head()).slice(0, 12) }).toEqual({ path, head: "HTTP/1.1 101" });
+      }
+    }
     await goesOn(draining);
     for (const url of [cluster.url, doorstep])
       for (const { id, room } of [draining, ...others]) {
@@ -358,8 +374,11 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
   test.concurrent("keep players who say nothing for longer than nginx waits", async () => {
     await using cluster = await startCluster();
     const quiet = await parties(cluster);
+    const late = await Promise.all(quiet.map(({ room }) => joins(`${cluster.url}/room/${room}`, room, "late")));
+    for (const { host, guest } of quiet) for (const player of [host, guest]) await player.next(); // peer_joined
     await Bun.sleep(HUNG_MS + SLACK_MS);
-    for (const { host, guest } of quiet) for (const player of [host, guest]) expect(await player.soFar()).toEqual([]);
+    const players = [...quiet.flatMap(({ host, guest }) => [host, guest]), ...late.map(({ client }) => client)];
+    for (const player of players) expect(await player.soFar()).toEqual([]);
   });
 
   test.concurrent("cut the players of one that hangs, find the others' rooms at once, and let their parties go on", async () => {
