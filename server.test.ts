@@ -1,5 +1,6 @@
 import { describe, expect, test } from "bun:test";
 import { Client } from "./ops/shared/client.ts";
+import { parseMetrics, scrape } from "./ops/shared/metrics.ts";
 import { Random } from "./ops/shared/random.ts";
 import { TestClock, testRelay } from "./ops/shared/relay.ts";
 import { encodeCode, newCode, regionOf, REGIONS } from "./regions.ts";
@@ -1181,6 +1182,9 @@ describe("misses", () => {
     expect(addressKey("::ffff:1.2.3.4")).toBe("1.2.3.4");
     expect(addressKey("::FFFF:102:304")).toBe("1.2.3.4");
     expect(addressKey("fe80::1%eth0")).toBe("fe80:0:0:0::/56");
+    expect(addressKey(" 1.2.3.4:5678 ")).toBe("1.2.3.4");
+    expect(addressKey("[2001:db8:1:2::9]")).toBe("2001:db8:1:0::/56");
+    expect(addressKey("[::ffff:1.2.3.4]:5678")).toBe("1.2.3.4");
     expect(addressKey("1:2:3:4::1.2.3.4")).toBe("1:2:3:0::/56");
     expect(addressKey("2001:DB8:0:02::1.2.3.4")).toBe("2001:db8:0:0::/56");
     expect(addressKey("::0:abcd:0:ffff:1.2.3.4")).toBe("0:0:0:ab00::/56");
@@ -1730,6 +1734,9 @@ describe("siblings", () => {
       clock.advance(1_000);
       expect((await answer).status).toBe(404);
       expect(clock.pending).toBe(before);
+      const failed = siblings === hung ? 0 : 1; // there nobody could be asked
+      const probes = parseMetrics(await scrape(relay.url)).filter(({ name }) => name === "party_sockets_probes_total");
+      expect(probes.find(({ labels }) => labels.outcome === "failed")?.value).toBe(failed);
     }
   });
   test("at most 8 searches for an address and 64 in all; who gets none is told 503", async () => {
@@ -1895,7 +1902,18 @@ describe("configuration", () => {
     ],
     [{ ...peers, FLY_APP_NAME: "x", FLY_MACHINE_ID: "a" }, /^PEERS must be left out if FLY_APP_NAME is set/],
     [{ ...peers, PEER_ADDRESS: "relay:3000" }, /^PEER_ADDRESS must be a host and port with {id} in it/],
-    [{ ...peers, PEER_ADDRESS: "{id}:3000/x" }, /^PEER_ADDRESS/],
+    ...[
+      "{id}:3000/x",
+      "{id}:3000#x",
+      "x@{id}:3000",
+      "//{id}:3000",
+      "{id},x:3000",
+      "{id}{x}:3000",
+      "{id}:0",
+      "{id}:70000",
+      "127.0.0.1:{id}",
+    ].map((PEER_ADDRESS): [Record<string, string>, RegExp] => [{ ...peers, PEER_ADDRESS }, /^PEER_ADDRESS must be [^\n]*$/]),
+    [{ ...peers, PEERS: "4501,4502", INSTANCE_ID: "4501" }, /^PEER_ADDRESS must be .* not "{id}:3000"$/], // a bare number is no host
     [{ ...peers, PORT: "0" }, /^PORT must be set/],
     [{ MAX_BUFFERED_BYTES: "1000000" }, /^MAX_BUFFERED_BYTES must be at least four times MAX_MESSAGE_BYTES/],
     [{ FLY_REGION: "xyz" }, /append "xyz" to regions.ts/],

@@ -757,6 +757,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
 function peerFaults(ids: ReadonlySet<string>, address: string, { instance, host, port }: Config, flyApp?: string): string[] {
   const faults: string[] = [];
   const odd = [...ids].filter((id) => !PEER_ID.test(id));
+  const hosts = [...ids].filter((id) => PEER_ID.test(id)).map((id) => address.replaceAll("{id}", id));
   if (odd.length > 0)
     faults.push(
       `PEERS must list ids of at most 64 letters, digits, "-", "_" and ".", not ${odd.map((id) => JSON.stringify(id)).join(", ")}`,
@@ -766,11 +767,18 @@ function peerFaults(ids: ReadonlySet<string>, address: string, { instance, host,
   if (host === undefined)
     faults.push("HOST must be set if PEERS is: the address at which only nginx and the peers reach this relay");
   if (flyApp !== undefined) faults.push("PEERS must be left out if FLY_APP_NAME is set: Fly.io knows the machines");
-  const url = URL.parse(`http://${address.replaceAll("{id}", "1")}/`);
-  if (!address.includes("{id}") || url === null || url.pathname !== "/" || url.search !== "" || url.username !== "")
-    faults.push(`PEER_ADDRESS must be a host and port with {id} in it, such as {id}.relay:3000, not ${JSON.stringify(address)}`);
   if (port === 0 && address === "{id}:0") faults.push("PORT must be set if PEERS is, so that the peers know it, or PEER_ADDRESS");
+  else if (!address.includes("{id}") || !hosts.every(isHostAndPort))
+    faults.push(`PEER_ADDRESS must be a host and port with {id} in it, such as {id}.relay:3000, not ${JSON.stringify(address)}`);
   return faults;
+}
+
+/** Whether a request can be sent there: `host`, `host:port`, with an IPv6 address in brackets. A bare number is no host. */
+function isHostAndPort(text: string): boolean {
+  const [, host] = /^([\w.-]+|\[[\da-f:.]+\])(?::\d+)?$/i.exec(text) ?? [];
+  const url = URL.parse(`http://${text}`);
+  if (host === undefined || url === null || url.port === "0") return false;
+  return isIP(url.hostname) !== 4 || url.hostname === host; // URLs take 4501 for 0.0.17.149
 }
 
 // ---- State -----------------------------------------------------------------------------------------------
@@ -2457,9 +2465,13 @@ class Memory {
 
 // ---- Misses: guessing codes is bounded by address --------------------------------------------------------
 
-/** What an address counts as: an IPv6 address as its /56, an IPv4-mapped one as IPv4; undefined if the text is no address. */
+/**
+ * What an address counts as: an IPv6 address as its /56, an IPv4-mapped one as IPv4; undefined if the text is no address. Some
+ * proxies write a port behind it.
+ */
 export function addressKey(text: string): string | undefined {
-  const address = text.trim().replace(/%.*$/, "");
+  const [, bracketed, dotted] = /^\s*(?:\[([^\]]*)\]|([\d.]+))(?::\d+)?\s*$/.exec(text) ?? [];
+  const address = (bracketed ?? dotted ?? text.trim()).replace(/%.*$/, "");
   if (isIP(address) !== 6) return isIP(address) === 4 ? copyOf(address) : undefined; // not a slice of the whole header
   const groupsOf = (half: string) =>
     half
@@ -2625,6 +2637,9 @@ function sendOn(relay: Relay, cluster: Cluster, outcome: (typeof REPLAYS)[number
   return cluster.replay(target);
 }
 
+/** Why a search is aborted if its time was over before all siblings had said something. */
+const LATE = "late";
+
 /** Searches for rooms among the siblings. */
 class Searches {
   readonly #relay: Relay;
@@ -2679,7 +2694,7 @@ class Searches {
     askAll().catch(() => finish(undefined)); // without DNS there are only local rooms
     const id = await found;
     cancelLate();
-    abort.abort();
+    abort.abort(id === undefined ? LATE : undefined);
     if (id === undefined && isNowhere) {
       this.#nowhere.delete(code);
       this.#nowhere.set(copyOf(code), clock.now() + NOWHERE_MS);
@@ -2700,7 +2715,7 @@ class Searches {
       this.#waiting.delete(next);
       next();
     }
-    if (signal.aborted) return undefined;
+    if (signal.aborted && signal.reason !== LATE) return undefined; // another sibling has it
     this.#relay.probes[has === undefined ? "failed" : has ? "found" : "missing"]++;
     if (has) finish(id);
     return has;
@@ -2771,16 +2786,43 @@ export function parseMachines(texts: readonly string[]): { id: string; region: s
 /** The siblings as the operator lists them. @param template where one is asked: a host and port with `{id}` in it */
 function peerSiblings(ids: ReadonlySet<string>, template: string, self: string): Siblings {
   const others = [...ids].filter((id) => id !== self);
+  /** Look-ups by name that run: one at most for each peer, however long DNS hangs. */
+  const lookUps = new Map<string, Promise<string[]>>();
+  /** The addresses of a name: looked up as they are needed, because a peer may move. */
+  const addressesOf = (name: string): Promise<string[]> => {
+    let lookUp = lookUps.get(name);
+    if (lookUp === undefined) {
+      lookUp = Bun.dns
+        .lookup(name, { backend: "c-ares" }) // it doesn't hang on the thread pool of `fetch`
+        .then((found) => found.map(({ address }) => address))
+        .finally(() => lookUps.delete(name));
+      lookUps.set(name, lookUp);
+    }
+    return lookUp;
+  };
   return {
     list: () => Promise.resolve(others),
     async has(id, code, signal) {
       const { hostname, port } = new URL(`http://${template.replaceAll("{id}", id)}`);
       const name = hostname.replace(/^\[|\]$/g, "");
-      // Looked up each time, because a peer may move; by c-ares, which doesn't hang on the thread pool of `fetch`.
-      const [found] = isIP(name) === 0 ? await Bun.dns.lookup(name, { backend: "c-ares" }) : [{ address: name }];
-      return askAt(found?.address ?? name, port || 80, code, signal);
+      const addresses = isIP(name) === 0 ? await orAborted(addressesOf(name), signal) : [name];
+      let fault: unknown = new Error(`${name} has no address`);
+      for (const address of addresses)
+        try {
+          return await askAt(address, port || 80, code, signal);
+        } catch (error) {
+          fault = error; // it may listen at one of them only
+        }
+      throw fault;
     },
   };
+}
+
+/** What a promise comes to, unless the signal comes first. @throws the signal's reason if it does */
+function orAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  const { promise: aborted, reject } = Promise.withResolvers<never>();
+  signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+  return Promise.race([promise, aborted]);
 }
 
 // ---- Metrics: one row a series ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 /** Three relays behind nginx, as nginx-cluster.conf and nginx-relays.conf set it up. */
 import { describe, expect, test } from "bun:test";
+import { rm } from "node:fs/promises";
 import { join } from "node:path";
 import { Client } from "../shared/client.ts";
 import { parseMetrics, scrape } from "../shared/metrics.ts";
@@ -416,8 +417,9 @@ const whyNoNetworks =
  * Relays and nginx in a network of their own, which another computer, outside, reaches at 10.78.0.2 only.
  * @param relaysFile of this directory
  * @param relays variables of each
+ * @param names lines of the network's /etc/hosts; its DNS server says nothing
  */
-async function startAway(relaysFile: string, relays: Record<string, string>[]) {
+async function startAway(relaysFile: string, relays: Record<string, string>[], names: string[] = []) {
   await using stack = new AsyncDisposableStack();
   const ip = async (command: string) => {
     const { exitCode, stderr } = await run(["ip", ...command.split(" ")]);
@@ -443,6 +445,11 @@ async function startAway(relaysFile: string, relays: Record<string, string>[]) {
   await ip(`-n ${inside} link set relays up`);
   await ip(`-n ${inside} neigh add 10.77.0.13 lladdr 02:00:00:00:00:13 dev relays nud permanent`);
 
+  const etc = `/etc/netns/${inside}`; // `ip netns exec` puts these in place of the host's
+  stack.defer(() => rm(etc, { recursive: true }));
+  await Bun.write(`${etc}/hosts`, names.map((line) => `${line}\n`).join(""));
+  await Bun.write(`${etc}/resolv.conf`, "nameserver 10.77.0.13\n");
+
   const enter = (name: string) => ["ip", "netns", "exec", name];
   for (const env of relays) {
     const relay = stack.use(new Child([...enter(inside), process.execPath, "run", "server.ts"], { env }));
@@ -451,19 +458,19 @@ async function startAway(relaysFile: string, relays: Record<string, string>[]) {
   const edits = { "http {": `http { include ${join(import.meta.dir, relaysFile)};` };
   stack.use(await startNginx("http://10.78.0.2", "nginx-cluster.conf", edits, enter(inside)));
   const running = stack.move();
+  const runIn = async (name: string, program: string): Promise<unknown> => {
+    const begin = `import { Client } from "${ROOT}/ops/shared/client.ts"; const done = (it) => console.log(JSON.stringify(it));`;
+    const { exitCode, stdout, stderr } = await run([
+      ...[...enter(name), process.execPath, "-e", `${begin}${program};process.exit(0)`],
+    ]);
+    if (exitCode !== 0) throw new Error(stderr);
+    return JSON.parse(stdout);
+  };
   return {
     /** Runs a program outside. @param program what it does after importing Client @returns what it gives to `done` */
-    async outside(program: string): Promise<unknown> {
-      const begin = `import { Client } from "${ROOT}/ops/shared/client.ts"; const done = (it) => console.log(JSON.stringify(it));`;
-      const { exitCode, stdout, stderr } = await run([
-        ...enter(outside),
-        process.execPath,
-        "-e",
-        `${begin}${program};process.exit(0)`,
-      ]);
-      if (exitCode !== 0) throw new Error(stderr);
-      return JSON.parse(stdout);
-    },
+    outside: (program: string) => runIn(outside, program),
+    /** Runs it inside, as nginx does. */
+    inside: (program: string) => runIn(inside, program),
     [Symbol.asyncDispose]: () => running.disposeAsync(),
   };
 }
@@ -526,5 +533,29 @@ describe.skipIf(whyNoNetworks !== "")(`from another computer${whyNoNetworks}`, (
         const lookUps = [await soon(status(rooms[0]), "a look-up"), await soon(status("${unknown}"), "an unknown code")];
         done({ codes, pin, lookUps, late })`),
     ).toEqual({ codes: ["joined", "joined", "joined"], pin: "room_not_found", lookUps: [200, 404], late: [] });
+  });
+
+  test("names that hang in DNS hide no room of a peer that has one", async () => {
+    const common = { PEERS: "11,12,lost,mislaid,forgotten", PEER_ADDRESS: "{id}.relay:3000", PORT: "3000" };
+    await using away = await startAway(
+      "compose.relays.conf",
+      ["11", "12"].map((id) => ({ ...common, INSTANCE_ID: id, HOST: `10.77.0.${id}` })),
+      ["10.77.0.11 11.relay", "10.77.0.10 12.relay", "10.77.0.12 12.relay"], // the first of its two addresses refuses
+    );
+    expect(
+      await away.inside(`
+        const room = await (await Client.open("http://10.77.0.12:3000")).create();
+        const lookUp = async (code, from) => {
+          const headers = { "X-Forwarded-For": from };
+          const answer = await fetch("http://10.77.0.11:3000/room/" + code, { headers, redirect: "manual" });
+          return answer.headers.get("X-Accel-Redirect") ?? answer.status;
+        };
+        const letters = [..."ABCDEFGHJKLMNPQRSTUVWXYZ"];
+        const guess = async (letter, i) => {
+          for (const n of [1, 2, 3, 4]) await lookUp("1abc" + n + letter, "192.0.2." + i);
+        };
+        await Promise.all(letters.map(guess)); // 24 searches at once, four times; each asks three names that hang
+        done(await lookUp(room, "198.51.100.1"))`),
+    ).toBe("/@relay/12");
   });
 });
