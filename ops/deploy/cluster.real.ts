@@ -250,6 +250,18 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
     expect((await Promise.all(answers)).filter(Boolean)).toEqual([]);
   });
 
+  test("take no other method than a relay alone, and say so as it does", async () => {
+    await using cluster = await startCluster();
+    const [relay] = cluster.relays.values();
+    const read = async (url: string, method: string) => {
+      const { status, headers } = await fetch(`${url}/health`, { method });
+      const names = ["allow", "access-control-allow-origin", "access-control-expose-headers", "content-type"];
+      return { status, ...Object.fromEntries(names.map((name) => [name, headers.get(name)])) };
+    };
+    for (const method of ["POST", "DELETE", "PROPFIND"])
+      expect(await read(cluster.url, method)).toEqual(await read(relay!.url, method));
+  });
+
   test("are not taken for dead because of what a client sends", async () => {
     await using cluster = await startCluster();
     const requests = [
