@@ -609,7 +609,7 @@ export type Config = Record<LimitName, number> & {
   knownInAll: number;
   /** How old the text of `/metrics` may be, in ms: nobody can keep the relay busy with scrapes. */
   metricsMs: number;
-  /** Bytes of memory that the process occupies. */
+  /** Bytes of memory that the process occupies. May throw if the system doesn't say. */
   memory(): number;
   /** Milliseconds that the process has been on a CPU so far. */
   cpuMs(): number;
@@ -885,6 +885,8 @@ class Address {
   readonly sockets = new Set<Socket>();
   /** How many of the rooms that there are it has created. */
   rooms = 0;
+  /** Those of them that nobody is connected to. */
+  readonly lingering = new Set<Room>();
   /** Slots with nobody on them in those rooms, the longest gone first; without the hosts'. */
   readonly absent = new Set<Slot>();
 
@@ -1176,6 +1178,8 @@ function settle(room: Room): void {
   room.cancelCountdown();
   room.cancelCountdown = () => {};
   room.countdown = countdown;
+  if (isEmpty) room.creator.lingering.add(room);
+  else room.creator.lingering.delete(room);
   if (countdown === undefined) return;
   const ms = 1000 * (isEmpty ? room.linger : room.hostGrace);
   room.countdownEnds = clock.now() + ms;
@@ -1202,6 +1206,7 @@ function dropRoom(room: Room): void {
   for (const slot of room.absent) unremember(slot);
   room.origin.rooms--;
   creator.rooms--;
+  creator.lingering.delete(room);
   releaseAddress(relay, creator);
   relay.turns.disband(room.flow);
   watchIdle(relay);
@@ -1287,28 +1292,17 @@ function tellDraining(socket: Socket): void {
   say(socket, { type: "draining", seconds: Math.ceil(left / 1000) });
 }
 
-/** The lingering rooms that make place first: those of the address that has the most of them, the nearest to its end first. */
-function roomsToGiveUp(relay: Relay): Room[] {
-  const byCreator = new Map<Address, Room[]>();
-  relay.turns.work += relay.rooms.size / 100; // looking at each of them is work, too
-  for (const room of relay.rooms.values()) {
-    if (room.countdown !== "linger") continue;
-    const others = byCreator.get(room.creator);
-    if (others === undefined) byCreator.set(room.creator, [room]);
-    else others.push(room);
-  }
-  let most: Room[] = [];
-  for (const rooms of byCreator.values()) if (rooms.length > most.length) most = rooms;
-  return most.sort((a, b) => a.countdownEnds - b.countdownEnds);
-}
-
 /** Makes place for another room. @returns whether there is one */
 function placeForRoom(relay: Relay): boolean {
   const { maxRooms } = relay.config;
   if (maxRooms === 0 || relay.rooms.size < maxRooms) return true;
   capReached(relay, "rooms");
-  const [nearest] = roomsToGiveUp(relay);
+  let most: ReadonlySet<Room> = new Set();
+  for (const { lingering } of relay.addresses.values()) if (lingering.size > most.size) most = lingering;
+  relay.turns.work += (relay.addresses.size + most.size) / 50; // looking at each of them is work, too
+  let nearest = first(most);
   if (nearest === undefined) return false;
+  for (const room of most) if (room.countdownEnds < nearest.countdownEnds) nearest = room;
   dropRoom(nearest);
   return true;
 }
@@ -1674,6 +1668,8 @@ class Turns {
   #now = 0;
   /** The work that one flow may do in this turn. */
   #share = TURN_WORK;
+  /** `work` when this turn has done enough. */
+  #enough = TURN_WORK;
   /** Flows that had a frame in this turn. */
   #flows = 0;
   /** Whether this turn had its one frame that is larger than a share. */
@@ -1892,12 +1888,17 @@ class Turns {
     this.#largeNext = undefined;
     this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
     this.#flows = 0;
+    this.#enough = this.work + TURN_WORK;
     setImmediate(() => this.#end());
   }
 
   /** Ends a turn, when all that had arrived is read. If something waits, the next turn begins at once, with what waits. */
   #end(): void {
-    this.#relay.memory.lookIfMuchWasSent();
+    try {
+      this.#relay.memory.lookIfMuchWasSent();
+    } catch (error) {
+      reportException(this.#relay, error); // without its end there would be no other turn
+    }
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
@@ -1905,9 +1906,8 @@ class Turns {
     this.#begin(now);
     if (canReadOn) this.release(this.#readFrom);
     this.#readFrom = Math.min(TURN_SOCKETS, 2 * this.#readFrom);
-    const enough = this.work + TURN_WORK;
     for (const flow of [...this.#behind]) {
-      if (this.work >= enough) break;
+      if (this.work >= this.#enough) break;
       this.#serve(flow);
       if (flow === this.#largeNext) continue; // it keeps its place for the next turn's large frame
       this.#behind.delete(flow);
@@ -1947,14 +1947,18 @@ class Turns {
     this.#payer = undefined;
   }
 
-  /** Whether a flow may do work in this turn. The first question in a turn adds the shares since the last one to its credit. */
+  /**
+   * Whether a flow may do work in this turn. The first question in a turn adds the shares since the last one to its credit. Shares
+   * go by who had something in the turn before; if many more come at once, the turn's work is done before all have had theirs, and
+   * the rest of a share waits. What a room that says little has to say is heard all the same.
+   */
   #hasCredit(flow: Flow): boolean {
     if (flow.turn !== this.#turn) {
       flow.credit = Math.min(this.#share, flow.credit + this.#share * (this.#turn - flow.turn));
       flow.turn = this.#turn;
       this.#flows++;
     }
-    return flow.credit > 0;
+    return flow.credit > (this.work < this.#enough ? 0 : this.#share - LEAST_SHARE);
   }
 
   /** Whether a flow has credit for a frame. One that may cost more than a share is let through once in a turn. */
@@ -2339,6 +2343,7 @@ class Memory {
   readonly #relay: Relay;
   /** What the process needs by itself. */
   readonly #base: number;
+  #lastUsed = 0;
   /** What was cut, and the time (clock) until which that may still be in the figure. */
   #cuts: { bytes: number; until: number }[] = [];
   #collectedAt = -Infinity;
@@ -2350,8 +2355,18 @@ class Memory {
 
   constructor(relay: Relay) {
     this.#relay = relay;
-    this.#base = relay.config.memory();
+    this.#base = this.used();
     this.look();
+  }
+
+  /** Bytes that the process occupies; as before, if the system doesn't say: that takes a descriptor, and all may be in use. */
+  used(): number {
+    try {
+      this.#lastUsed = this.#relay.config.memory();
+    } catch {
+      // Descriptors come back.
+    }
+    return this.#lastUsed;
   }
 
   /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
@@ -2371,14 +2386,14 @@ class Memory {
 
   /** Looks at memory: cuts what is above the limit, holds sockets or reads on from them, and sets when to look again. */
   look(): void {
-    const { maxMemoryBytes: limit, maxMessageBytes, memory, clock } = this.#relay.config;
+    const { maxMemoryBytes: limit, maxMessageBytes, clock } = this.#relay.config;
     if (limit === 0 || this.#relay.stage.name === "ended") return;
     const now = clock.now();
-    let used = memory();
+    let used = this.used();
     if (used > limit && now >= this.#collectedAt + EFFECT_MS) {
       this.#collectedAt = now;
       Bun.gc(true); // garbage is nobody's
-      used = memory();
+      used = this.used();
     }
     this.isShort = used > limit;
     this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
@@ -2430,8 +2445,9 @@ class Memory {
       freed += FRAME_BYTES * (data.queue?.length ?? 0);
       data.goodbye?.leave();
     }
-    for (let rooms = roomsToGiveUp(relay); rooms.length > 0; rooms = roomsToGiveUp(relay))
-      for (const room of rooms) {
+    const byLingering = [...relay.addresses.values()].sort((a, b) => b.lingering.size - a.lingering.size);
+    for (const { lingering } of byLingering)
+      for (const room of [...lingering].sort((a, b) => a.countdownEnds - b.countdownEnds)) {
         if (freed >= excess) return freed;
         freed += ROOM_BYTES + (room.state?.length ?? 0) + SLOT_BYTES * room.known.size;
         dropRoom(room);
@@ -2888,7 +2904,7 @@ const METRICS: readonly Metric[] = [
   ["gauge", "party_sockets_event_loop_lag_seconds", `Worst delay of a timer in the past ${(LAG_MS * LAG_SAMPLES) / 1000} s`,
     (relay) => Math.max(0, ...relay.lag) / 1000],
   ["gauge", "process_resident_memory_bytes", "Memory that the process occupies",
-    (relay) => relay.config.memory()],
+    (relay) => relay.memory.used()],
   ["gauge", "process_heap_used_bytes", "JavaScript heap in use",
     () => heapSize()],
   ["gauge", "process_uptime_seconds", "Seconds since the relay started",

@@ -89,6 +89,25 @@ test("of who joined with a large frame and left, the relay remembers little more
   expect((await vitals(child.url)).rssBytes - before).toBeLessThan(25_000_000);
 });
 
+test("rooms go on if the system doesn't say how much memory is in use: all descriptors may be", async () => {
+  let isKnown = true;
+  const memory = () => {
+    if (isKnown) return 1_000_000;
+    throw new Error("EMFILE: too many open files");
+  };
+  await using relay = testRelay({ memory, maxMessagesPerSecond: 0 });
+  const host = await Client.open(relay.url);
+  const guest = await sits(relay.url, await host.create(), "guest");
+  isKnown = false;
+  const data = "x".repeat(200_000);
+  for (const _ of upTo(100)) {
+    host.send({ type: "send", data }); // 20 MB in all: a look at memory is due after 8
+    expect(await guest.next()).toMatchObject({ data });
+  }
+  for (const message of numbered(8_000)) host.send(message as ClientMessage); // more than one turn's share
+  for (const n of upTo(8_000)) expect((await guest.next()).data).toBe(n);
+});
+
 /** How many timers wait when there is nothing to do: those that look after a busy relay have ended. */
 async function timersWhenQuiet(clock: TestClock): Promise<number> {
   for (let turn = 0; turn < 3; turn++) {

@@ -5,6 +5,7 @@
 import { describe, expect, test } from "bun:test";
 import { flyCluster, type Siblings } from "../../server.ts";
 import { Client } from "../shared/client.ts";
+import { parseMetrics, scrape } from "../shared/metrics.ts";
 import { RelayProcess } from "../shared/processes.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
 import { clientFrame, RawSocket } from "../shared/sockets.ts";
@@ -83,6 +84,26 @@ describe("while a room floods", () => {
     expect(listener.frames.count).toBe(SIZE * frames);
     expect(heard()).toEqual(Array(SIZE).fill(senders * frames));
     expect(faults).toEqual([]);
+  });
+
+  test("and many others wake with it, a room that says little doesn't wait until each has done what one alone may do", async () => {
+    const ROOMS = 30;
+    const ALONE = 6_000; // deliveries that a room alone may make in a turn, at most
+    const LEAST = 500; // and one of many
+    await using relay = testRelay();
+    const flooders = (await many(ROOMS, () => crowd(relay.url, SIZE / 2))).flat();
+    const { host, guest } = await couple(relay.url);
+    const sent = async () => {
+      const samples = parseMetrics(await scrape(relay.url));
+      return (
+        samples.find(({ name, labels }) => name === "party_sockets_messages_total" && labels.direction === "out")?.value ?? NaN
+      );
+    };
+    const before = await sent();
+    for (const { raw } of flooders) raw.write(flood(100));
+    host.send({ type: "send", data: "me, too" });
+    expect(await guest.next()).toMatchObject({ data: "me, too" });
+    expect((await sent()) - before).toBeLessThan(2 * (ALONE + ROOMS * LEAST));
   });
 
   test("a room with one sender is through with its own burst first", async () => {
