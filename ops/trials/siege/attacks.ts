@@ -63,11 +63,11 @@ async function atOnce(siege: Siege, writers: Member[], bytesOf: (member: Member)
 }
 
 /** Members flood their own rooms, one of each room looks at the order. */
-async function floods(siege: Siege, rooms: Member[][]): Promise<Outcome> {
+async function floods(siege: Siege, rooms: Member[][], frames = BURST): Promise<Outcome> {
   const [size = 0] = rooms.map(({ length }) => length);
   const faults = rooms.map(([witness]) => watchOrder(witness as Member));
-  const bytes = flood(BURST);
-  const { text, held } = await atOnce(siege, rooms.flat(), () => bytes, BURST * (size - 1));
+  const bytes = flood(frames);
+  const { text, held } = await atOnce(siege, rooms.flat(), () => bytes, frames * (size - 1));
   return { text: [text, ...faults.flat().slice(0, 1)].join(", "), held: held && faults.flat().length === 0 };
 }
 
@@ -154,6 +154,12 @@ export const ATTACKS: Record<string, Attack> = {
     run: async (siege) => floods(siege, await many(20, () => crowd(siege.url, 40))),
   },
 
+  wake: {
+    about: "sixty quiet rooms of 40 send at once, each member 149 frames",
+    seconds: 10,
+    run: async (siege) => floods(siege, await many(60, () => crowd(siege.url, 40)), 149),
+  },
+
   targets: {
     about: "150 members of one room send their whole burst, to 64 others each",
     seconds: 20,
@@ -233,6 +239,17 @@ export const ATTACKS: Record<string, Attack> = {
       const pair = [{ type: "create", clientId: "a", maxClients: 1 }, { type: "leave" }];
       const bytes = Buffer.concat(Array<Buffer>(BURST / 2).fill(Buffer.concat(pair.map((m) => clientFrame(JSON.stringify(m))))));
       return atOnce(siege, sockets, () => bytes, BURST);
+    },
+  },
+
+  creators: {
+    about: "1,000 sockets from 200 addresses create a room at once, while 10,000 rooms linger",
+    seconds: 10,
+    async run(siege) {
+      const create = { type: "create", clientId: "creator", maxClients: 1, linger: 300 };
+      await many(10_000, async () => (await Member.sit(siege.url, create)).raw.reset());
+      const sockets = await many(1_000, (i) => Member.open(siege.url, { "X-Forwarded-For": `198.51.100.${i % 200}` }));
+      return atOnce(siege, sockets, () => clientFrame(JSON.stringify(create)), 1);
     },
   },
 
