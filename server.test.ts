@@ -1359,19 +1359,25 @@ describe("a relay from which the machine withholds CPU", () => {
 
 describe("caps", () => {
   test("over MAX_ROOMS the lingering room that is nearest its end gives way, and without one: Server full", async () => {
-    await using relay = testRelay({ maxRooms: 3, clock: new TestClock() });
+    const clock = new TestClock();
+    await using relay = testRelay({ maxRooms: 4, clock });
     const rooms: string[] = [];
-    for (const linger of [200, 100, 150]) {
+    for (const linger of [100, 200, 100, 150]) {
       const host = await Client.open(relay.url);
       rooms.push(await host.create(8, "host", { linger }));
       await host.close();
+      clock.advance(1_000);
     }
+    const back = await Client.open(relay.url);
+    expect(await back.join(rooms[0] as string, "host")).toMatchObject({ resumed: true });
+    await back.close(); // its 100 s begin anew, after those of the third
     const status = () => Promise.all(rooms.map(async (room) => (await fetch(`${relay.url}/room/${room}`)).status));
     const hosts: Client[] = [];
     for (const left of [
-      [200, 404, 200],
-      [200, 404, 404],
-      [404, 404, 404],
+      [200, 200, 404, 200],
+      [404, 200, 404, 200],
+      [404, 200, 404, 404],
+      [404, 404, 404, 404],
     ]) {
       const host = await Client.open(relay.url);
       await host.create();

@@ -885,12 +885,42 @@ class Address {
   readonly sockets = new Set<Socket>();
   /** How many of the rooms that there are it has created. */
   rooms = 0;
-  /** Those of them that nobody is connected to. */
-  readonly lingering = new Set<Room>();
+  readonly lingering = new Lingering();
   /** Slots with nobody on them in those rooms, the longest gone first; without the hosts'. */
   readonly absent = new Set<Slot>();
 
   constructor(readonly key: string) {}
+}
+
+/** The rooms of one creator that nobody is connected to. */
+class Lingering {
+  size = 0;
+  /** By how long they linger: so the first of each set is the nearest to its end. */
+  readonly #sets = new Map<number, Set<Room>>();
+
+  add(room: Room): void {
+    let set = this.#sets.get(room.linger);
+    if (set === undefined) this.#sets.set(room.linger, (set = new Set()));
+    set.add(room);
+    this.size++;
+  }
+
+  delete(room: Room): void {
+    const set = this.#sets.get(room.linger);
+    if (!set?.delete(room)) return;
+    this.size--;
+    if (set.size === 0) this.#sets.delete(room.linger);
+  }
+
+  /** The one that is nearest to its end. */
+  nearest(): Room | undefined {
+    let nearest: Room | undefined;
+    for (const set of this.#sets.values()) {
+      const room = first(set);
+      if (room !== undefined && (nearest === undefined || room.countdownEnds < nearest.countdownEnds)) nearest = room;
+    }
+    return nearest;
+  }
 }
 
 /** The counts of one Origin header. */
@@ -1297,12 +1327,11 @@ function placeForRoom(relay: Relay): boolean {
   const { maxRooms } = relay.config;
   if (maxRooms === 0 || relay.rooms.size < maxRooms) return true;
   capReached(relay, "rooms");
-  let most: ReadonlySet<Room> = new Set();
-  for (const { lingering } of relay.addresses.values()) if (lingering.size > most.size) most = lingering;
-  relay.turns.work += (relay.addresses.size + most.size) / 50; // looking at each of them is work, too
-  let nearest = first(most);
+  let most: Lingering | undefined;
+  for (const { lingering } of relay.addresses.values()) if (lingering.size > (most?.size ?? 0)) most = lingering;
+  relay.turns.work += relay.addresses.size / 50; // looking at each of them is work, too
+  const nearest = most?.nearest();
   if (nearest === undefined) return false;
-  for (const room of most) if (room.countdownEnds < nearest.countdownEnds) nearest = room;
   dropRoom(nearest);
   return true;
 }
@@ -2447,7 +2476,7 @@ class Memory {
     }
     const byLingering = [...relay.addresses.values()].sort((a, b) => b.lingering.size - a.lingering.size);
     for (const { lingering } of byLingering)
-      for (const room of [...lingering].sort((a, b) => a.countdownEnds - b.countdownEnds)) {
+      for (let room = lingering.nearest(); room !== undefined; room = lingering.nearest()) {
         if (freed >= excess) return freed;
         freed += ROOM_BYTES + (room.state?.length ?? 0) + SLOT_BYTES * room.known.size;
         dropRoom(room);
