@@ -1,4 +1,4 @@
-import { describe, expect, test } from "bun:test";
+import { describe, expect, spyOn, test } from "bun:test";
 import { Client } from "./ops/shared/client.ts";
 import { parseMetrics, scrape } from "./ops/shared/metrics.ts";
 import { Random } from "./ops/shared/random.ts";
@@ -1762,6 +1762,22 @@ describe("siblings", () => {
     clock.advance(1_000);
     expect((await Promise.all(waiting)).map((a) => a.status)).toEqual(Array(64).fill(404));
   });
+  test("a peer's name that hangs is looked up once for all who wait for it", async () => {
+    const { promise: hung, reject } = Promise.withResolvers<never>();
+    using lookUp = spyOn(Bun.dns, "lookup").mockReturnValue(hung);
+    const { cluster } = configFromEnv({ PEERS: "a,b", INSTANCE_ID: "a", HOST: "127.0.0.1", PEER_ADDRESS: "{id}.relay:3000" });
+    for (const _ of [1, 2]) {
+      const abort = new AbortController();
+      const asked = [1, 2, 3].map(() => cluster?.siblings.has("b", newCode(undefined), abort.signal));
+      abort.abort();
+      for (const each of await Promise.allSettled(asked)) expect(each.status).toBe("rejected");
+    }
+    expect(lookUp).toHaveBeenCalledTimes(1);
+    reject(new Error("timed out"));
+    await hung.catch(() => {});
+    await cluster?.siblings.has("b", newCode(undefined), new AbortController().signal).catch(() => {});
+    expect(lookUp).toHaveBeenCalledTimes(2);
+  });
   test("a sibling's question is answered from here, asks nobody and counts no miss", async () => {
     const { asked, siblings } = stub({ a: true });
     await using relay = testRelay({ ...fly(siblings), maxMissesPerMinute: 1 });
@@ -1918,8 +1934,8 @@ describe("configuration", () => {
       "{id}:0",
       "{id}:70000",
       "127.0.0.1:{id}",
-    ].map((PEER_ADDRESS): [Record<string, string>, RegExp] => [{ ...peers, PEER_ADDRESS }, /^PEER_ADDRESS must be [^\n]*$/]),
-    [{ ...peers, PEERS: "4501,4502", INSTANCE_ID: "4501" }, /^PEER_ADDRESS must be .* not "{id}:3000"$/], // a bare number is no host
+    ].map((PEER_ADDRESS): [Record<string, string>, RegExp] => [{ ...peers, PEER_ADDRESS }, /^PEER_ADDRESS must give [^\n]*$/]),
+    [{ ...peers, PEERS: "4501,4502", INSTANCE_ID: "4501" }, /^PEER_ADDRESS must .* "{id}:3000" gives "4501:3000"$/], // a number is no host
     [{ ...peers, PORT: "0" }, /^PORT must be set/],
     [{ MAX_BUFFERED_BYTES: "1000000" }, /^MAX_BUFFERED_BYTES must be at least four times MAX_MESSAGE_BYTES/],
     [{ FLY_REGION: "xyz" }, /append "xyz" to regions.ts/],

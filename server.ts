@@ -491,7 +491,7 @@ const WORK_BYTES = 2048;
 const LARGE_BYTES = 4 * MIB; // a broadcast of more than this, for all its receivers together, goes to one after the other
 const CALL_WORK = 6; // of a system call: each frame to one socket is one; what a room broadcasts in a turn is one a member
 const SIT_WORK = 20; // of a member that sits down
-const TURN_WORK = 6_000; // that a turn does at most, shared by the rooms: some 3 ms
+const TURN_WORK = 6_000; // that a turn is to do, shared by the rooms: some 3 ms
 const TURN_FRAMES = 8192; // that a turn reads before it holds the flows that brought many: as many tiny ones as one read brings, some 2 ms
 const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
 const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
@@ -757,7 +757,8 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
 function peerFaults(ids: ReadonlySet<string>, address: string, { instance, host, port }: Config, flyApp?: string): string[] {
   const faults: string[] = [];
   const odd = [...ids].filter((id) => !PEER_ID.test(id));
-  const hosts = [...ids].filter((id) => PEER_ID.test(id)).map((id) => address.replaceAll("{id}", id));
+  const addresses = [...ids].filter((id) => PEER_ID.test(id)).map((id) => address.replaceAll("{id}", id));
+  const wrong = addresses.find((each) => !isHostAndPort(each));
   if (odd.length > 0)
     faults.push(
       `PEERS must list ids of at most 64 letters, digits, "-", "_" and ".", not ${odd.map((id) => JSON.stringify(id)).join(", ")}`,
@@ -768,8 +769,12 @@ function peerFaults(ids: ReadonlySet<string>, address: string, { instance, host,
     faults.push("HOST must be set if PEERS is: the address at which only nginx and the peers reach this relay");
   if (flyApp !== undefined) faults.push("PEERS must be left out if FLY_APP_NAME is set: Fly.io knows the machines");
   if (port === 0 && address === "{id}:0") faults.push("PORT must be set if PEERS is, so that the peers know it, or PEER_ADDRESS");
-  else if (!address.includes("{id}") || !hosts.every(isHostAndPort))
+  else if (!address.includes("{id}"))
     faults.push(`PEER_ADDRESS must be a host and port with {id} in it, such as {id}.relay:3000, not ${JSON.stringify(address)}`);
+  else if (wrong !== undefined)
+    faults.push(
+      `PEER_ADDRESS must give each peer a host and port, as {id}.relay:3000 does; ${JSON.stringify(address)} gives ${JSON.stringify(wrong)}`,
+    );
   return faults;
 }
 
@@ -842,8 +847,8 @@ class Session {
   flow!: Flow;
   /** The record of its address; set when the socket opens. */
   home!: Address;
-  /** Its number among all sockets, in the order in which they opened. */
-  serial = 0;
+  /** When it last sat down, as `Relay.events` counts. */
+  satDownAs = 0;
   readonly bucket: Bucket;
   /** Frames that wait to be handled, while the socket is paused; undefined if frames are handled as they are read. */
   queue: (string | Buffer)[] | undefined;
@@ -855,8 +860,8 @@ class Session {
   heldIn: Set<Socket> | undefined;
   /** The flow whose turn the first frame of `queue` waits for. */
   waitsFor: Flow | undefined;
-  /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. */
-  goodbye: { leave(): void; cancel(): void } | undefined;
+  /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. `closedAs` is as `satDownAs`. */
+  goodbye: { leave(): void; cancel(): void; readonly closedAs: number } | undefined;
   /** When a frame, ping or pong last came (clock time). */
   heardAt = 0;
   /** What its room had published then. */
@@ -895,7 +900,7 @@ class Address {
 /** The rooms of one creator that nobody is connected to. */
 class Lingering {
   size = 0;
-  /** By how long they linger: so the first of each set is the nearest to its end. */
+  /** By how long they linger. As each is added when its countdown begins, the first of a set is the nearest to its end. */
   readonly #sets = new Map<number, Set<Room>>();
 
   add(room: Room): void {
@@ -962,8 +967,8 @@ class Relay {
   remembered = 0;
   /** Connected members. */
   clients = 0;
-  /** The number of the socket that opened last. */
-  lastSerial = 0;
+  /** Counts how often somebody sits down or says goodbye, to tell what came first. */
+  events = 0;
   readonly turns: Turns;
   readonly memory: Memory;
   readonly lookUpMisses: Misses;
@@ -1107,6 +1112,7 @@ function sit(socket: Socket, slot: Slot): void {
   relay.roomless.delete(socket);
   room.connected.set(slot.index, socket);
   session.slot = slot;
+  session.satDownAs = ++relay.events;
   session.flow = room.flow;
   session.heardBytes = room.published;
   session.bucket.fullAt = Math.max(session.bucket.fullAt, slot.bucketFullAt);
@@ -1408,8 +1414,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       if (slot?.barred) return refuse("kicked");
       if (slot === undefined && room.locked) return refuse("room_locked");
       const old = slot && room.connected.get(slot.index);
-      // A socket that has closed meanwhile replaces none that opened after it: that may be the same person, back again.
-      if (old !== undefined && socket.data.goodbye !== undefined && old.data.serial > socket.data.serial) return;
+      const { goodbye } = socket.data;
+      if (old !== undefined && goodbye !== undefined && old.data.satDownAs > goodbye.closedAs) return; // who is back stays
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       const kind: Join = old !== undefined ? "replaced" : slot !== undefined ? "resumed" : "new";
@@ -1697,8 +1703,8 @@ class Turns {
   #now = 0;
   /** The work that one flow may do in this turn. */
   #share = TURN_WORK;
-  /** `work` when this turn has done enough. */
-  #enough = TURN_WORK;
+  /** `work` when this turn has done TURN_WORK. */
+  #fullAt = TURN_WORK;
   /** Flows that had a frame in this turn. */
   #flows = 0;
   /** Whether this turn had its one frame that is larger than a share. */
@@ -1870,7 +1876,7 @@ class Turns {
     const session = socket.data;
     if (session.queue === undefined || session.queue.length === 0) return leave();
     this.#relay.leaving.add(socket);
-    session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave) };
+    session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave), closedAs: ++this.#relay.events };
   }
 
   /**
@@ -1917,17 +1923,13 @@ class Turns {
     this.#largeNext = undefined;
     this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
     this.#flows = 0;
-    this.#enough = this.work + TURN_WORK;
+    this.#fullAt = this.work + TURN_WORK;
     setImmediate(() => this.#end());
   }
 
   /** Ends a turn, when all that had arrived is read. If something waits, the next turn begins at once, with what waits. */
   #end(): void {
-    try {
-      this.#relay.memory.lookIfMuchWasSent();
-    } catch (error) {
-      reportException(this.#relay, error); // without its end there would be no other turn
-    }
+    this.#relay.memory.lookIfMuchWasSent();
     const now = this.#config.clock.now();
     this.#isUnderWay = false;
     const canReadOn = this.isHolding && !this.#relay.memory.isFalling;
@@ -1936,7 +1938,7 @@ class Turns {
     if (canReadOn) this.release(this.#readFrom);
     this.#readFrom = Math.min(TURN_SOCKETS, 2 * this.#readFrom);
     for (const flow of [...this.#behind]) {
-      if (this.work >= this.#enough) break;
+      if (this.work >= this.#fullAt) break;
       this.#serve(flow);
       if (flow === this.#largeNext) continue; // it keeps its place for the next turn's large frame
       this.#behind.delete(flow);
@@ -1978,8 +1980,8 @@ class Turns {
 
   /**
    * Whether a flow may do work in this turn. The first question in a turn adds the shares since the last one to its credit. Shares
-   * go by who had something in the turn before; if many more come at once, the turn's work is done before all have had theirs, and
-   * the rest of a share waits. What a room that says little has to say is heard all the same.
+   * go by how many flows had something in the turn before. If many more have something now, their shares add up to too much: so
+   * once the turn has done TURN_WORK, a flow may do LEAST_SHARE in it, and no more.
    */
   #hasCredit(flow: Flow): boolean {
     if (flow.turn !== this.#turn) {
@@ -1987,7 +1989,7 @@ class Turns {
       flow.turn = this.#turn;
       this.#flows++;
     }
-    return flow.credit > (this.work < this.#enough ? 0 : this.#share - LEAST_SHARE);
+    return flow.credit > (this.work < this.#fullAt ? 0 : this.#share - LEAST_SHARE);
   }
 
   /** Whether a flow has credit for a frame. One that may cost more than a share is let through once in a turn. */
@@ -2234,7 +2236,6 @@ function opened(socket: Socket): void {
   session.home = addressOf(relay, session.address);
   session.home.sockets.add(socket);
   session.flow = session.home.flow;
-  session.serial = ++relay.lastSerial;
   session.origin = useOrigin(relay, session.originName);
   session.heardAt = clock.now();
   if (relay.stage.name === "ended") return hangUp(socket, CloseCode.RESTARTING, "restarting");
@@ -2545,7 +2546,10 @@ class Misses {
     this.#config = config;
   }
 
-  /** Whether an address has used up its minute. It is told then of no room in which it doesn't sit, whether there is one or not. */
+  /**
+   * Whether an address has used up its minute. Then its look-ups are refused, but for rooms in which it sits, and its joins, but for
+   * clientIds that the room knows, too.
+   */
   isOver(address: string): boolean {
     const { clock, maxMissesPerMinute: most } = this.#config;
     const minute = this.#minutes.get(address);
@@ -2682,7 +2686,7 @@ function sendOn(relay: Relay, cluster: Cluster, outcome: (typeof REPLAYS)[number
   return cluster.replay(target);
 }
 
-/** Why a search is aborted if its time was over before all siblings had said something. */
+/** Why a search is aborted whose time is over. */
 const LATE = "late";
 
 /** Searches for rooms among the siblings. */
@@ -2735,11 +2739,14 @@ class Searches {
       isNowhere = answers.every((has) => has === false);
       finish(undefined);
     };
-    const cancelLate = clock.after(SEARCH_MS, () => finish(undefined));
+    const cancelLate = clock.after(SEARCH_MS, () => {
+      abort.abort(LATE);
+      finish(undefined);
+    });
     askAll().catch(() => finish(undefined)); // without DNS there are only local rooms
     const id = await found;
     cancelLate();
-    abort.abort(id === undefined ? LATE : undefined);
+    abort.abort();
     if (id === undefined && isNowhere) {
       this.#nowhere.delete(code);
       this.#nowhere.set(copyOf(code), clock.now() + NOWHERE_MS);
@@ -2851,14 +2858,11 @@ function peerSiblings(ids: ReadonlySet<string>, template: string, self: string):
       const { hostname, port } = new URL(`http://${template.replaceAll("{id}", id)}`);
       const name = hostname.replace(/^\[|\]$/g, "");
       const addresses = isIP(name) === 0 ? await orAborted(addressesOf(name), signal) : [name];
-      let fault: unknown = new Error(`${name} has no address`);
-      for (const address of addresses)
-        try {
-          return await askAt(address, port || 80, code, signal);
-        } catch (error) {
-          fault = error; // it may listen at one of them only
-        }
-      throw fault;
+      for (const address of addresses) {
+        const has = await askAt(address, port || 80, code, signal).catch(() => undefined); // it may listen at one of them only
+        if (has !== undefined) return has;
+      }
+      throw new Error(`${name} doesn't say`);
     },
   };
 }
@@ -3185,13 +3189,13 @@ export type RelayHandle = {
   /** Where it listens, `http://localhost:PORT`, or at its `host`. */
   readonly url: string;
   readonly port: number;
-  /** Resolves when the relay has stopped: after a drain, or for lack of use. */
+  /** Resolves when the relay has stopped: for lack of use, or else, as if drained. */
   readonly ended: Promise<"idle" | "drained">;
   /** Stops as on SIGTERM; called again, at once. @returns `ended` */
   drain(): Promise<"idle" | "drained">;
   /** Logs and counts an exception that no handler caught. */
   report(error: unknown): void;
-  /** Stops at once, without waiting for anybody. `ended` resolves, too. */
+  /** Stops at once, without waiting for anybody. */
   [Symbol.asyncDispose](): Promise<void>;
 };
 

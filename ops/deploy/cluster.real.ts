@@ -376,11 +376,20 @@ describe.skipIf(nginx.whyNot !== "")(`three relays behind nginx${nginx.whyNot}`,
     const [id = "", ...others] = cluster.ids;
     const entrance = await cluster.entrance(id);
     for (const other of others) cluster.relays.get(other)!.signal("SIGSTOP"); // so that each search takes its second
-    const codes = Array.from({ length: 12 }, (_, i) => `1abcd${"ABCDEFGHJKLM"[i]}`);
-    const statuses = await Promise.all(
-      codes.map(async (code) => (await fetch(`${entrance.url}/${code}`, { keepalive: false })).status),
-    );
-    expect(statuses.toSorted()).toEqual([...Array.from({ length: 8 }, () => 200), ...Array.from({ length: 4 }, () => 503)]);
+    const rounds: [path: string, headers?: Record<string, string>][] = [
+      ["/CODE"],
+      ["/room/CODE"],
+      ["/./CODE"],
+      ["/x/../room/CODE"],
+      ["/room\\CODE"],
+      ["/CODE?x=y", { Upgrade: "a b" }],
+    ];
+    const refused = rounds.map(async ([path, headers], n) => {
+      const codes = Array.from({ length: 12 }, (_, i) => `1ab${n + 1}d${"ABCDEFGHJKLM"[i]}`);
+      const asked = codes.map((code) => ask(entrance.url, path.replace("CODE", code), `127.0.0.${n + 2}`, headers));
+      return (await Promise.all(asked)).filter(({ status }) => status === 503).length;
+    });
+    expect(await Promise.all(refused)).toEqual(rounds.map(() => 4));
     expect(entrance.process.lines.filter((line) => line.includes("upstream"))).toEqual([]);
   });
 

@@ -88,8 +88,8 @@ describe("while a room floods", () => {
 
   test("and many others wake with it, a room that says little doesn't wait until each has done what one alone may do", async () => {
     const ROOMS = 30;
-    const ALONE = 6_000; // deliveries that a room alone may make in a turn, at most
-    const LEAST = 500; // and one of many
+    const ALONE = 6_000; // deliveries that a room alone may make in a turn at most: the relay's TURN_WORK
+    const LEAST = 500; // and one of many: its LEAST_SHARE
     await using relay = testRelay();
     const flooders = (await many(ROOMS, () => crowd(relay.url, SIZE / 2))).flat();
     const { host, guest } = await couple(relay.url);
