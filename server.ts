@@ -847,8 +847,8 @@ class Session {
   flow!: Flow;
   /** The record of its address; set when the socket opens. */
   home!: Address;
-  /** When it last sat down, as `Relay.events` counts. */
-  satDownAs = 0;
+  /** Its number among all sockets, in the order in which they opened. */
+  serial = 0;
   readonly bucket: Bucket;
   /** Frames that wait to be handled, while the socket is paused; undefined if frames are handled as they are read. */
   queue: (string | Buffer)[] | undefined;
@@ -860,8 +860,8 @@ class Session {
   heldIn: Set<Socket> | undefined;
   /** The flow whose turn the first frame of `queue` waits for. */
   waitsFor: Flow | undefined;
-  /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. `closedAs` is as `satDownAs`. */
-  goodbye: { leave(): void; cancel(): void; readonly closedAs: number } | undefined;
+  /** Set if it closed while frames of it waited: `leave` ends it, `cancel` stops the timer that would. */
+  goodbye: { leave(): void; cancel(): void } | undefined;
   /** When a frame, ping or pong last came (clock time). */
   heardAt = 0;
   /** What its room had published then. */
@@ -967,8 +967,8 @@ class Relay {
   remembered = 0;
   /** Connected members. */
   clients = 0;
-  /** Counts how often somebody sits down or says goodbye, to tell what came first. */
-  events = 0;
+  /** The number of the socket that opened last. */
+  lastSerial = 0;
   readonly turns: Turns;
   readonly memory: Memory;
   readonly lookUpMisses: Misses;
@@ -1112,7 +1112,6 @@ function sit(socket: Socket, slot: Slot): void {
   relay.roomless.delete(socket);
   room.connected.set(slot.index, socket);
   session.slot = slot;
-  session.satDownAs = ++relay.events;
   session.flow = room.flow;
   session.heardBytes = room.published;
   session.bucket.fullAt = Math.max(session.bucket.fullAt, slot.bucketFullAt);
@@ -1414,8 +1413,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       if (slot?.barred) return refuse("kicked");
       if (slot === undefined && room.locked) return refuse("room_locked");
       const old = slot && room.connected.get(slot.index);
-      const { goodbye } = socket.data;
-      if (old !== undefined && goodbye !== undefined && old.data.satDownAs > goodbye.closedAs) return; // who is back stays
+      // A socket that has closed meanwhile replaces none that opened after it: that may be the same person, back again.
+      if (old !== undefined && socket.data.goodbye !== undefined && old.data.serial > socket.data.serial) return;
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       const kind: Join = old !== undefined ? "replaced" : slot !== undefined ? "resumed" : "new";
@@ -1876,7 +1875,7 @@ class Turns {
     const session = socket.data;
     if (session.queue === undefined || session.queue.length === 0) return leave();
     this.#relay.leaving.add(socket);
-    session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave), closedAs: ++this.#relay.events };
+    session.goodbye = { leave, cancel: this.#config.clock.after(GOODBYE_MS, leave) };
   }
 
   /**
@@ -2236,6 +2235,7 @@ function opened(socket: Socket): void {
   session.home = addressOf(relay, session.address);
   session.home.sockets.add(socket);
   session.flow = session.home.flow;
+  session.serial = ++relay.lastSerial;
   session.origin = useOrigin(relay, session.originName);
   session.heardAt = clock.now();
   if (relay.stage.name === "ended") return hangUp(socket, CloseCode.RESTARTING, "restarting");

@@ -276,16 +276,18 @@ describe("a flooder", () => {
     expect(await vitals(at.relay.url)).toMatchObject({ rooms: 1, clients: 2 });
   });
 
-  /** Somebody whose `join` and message wait behind a burst of pings when the socket has closed properly already. */
-  async function comesAndGoes(url: string, room: string, clientId: string): Promise<void> {
+  /** Somebody whose `join`, and more, wait behind a burst of pings. */
+  async function comes(url: string, room: string, clientId: string, more: Buffer[] = []): Promise<void> {
     const raw = await RawSocket.open(url);
-    const pings = upTo(2 * RATE).map((t) => ({ type: "ping", t }));
-    const messages = [...pings, { type: "join", room, clientId }, { type: "send", data: "was here" }];
-    raw.write(Buffer.concat([...messages.map((message) => clientFrame(JSON.stringify(message))), farewell()]));
+    const messages = [...upTo(2 * RATE).map((t) => ({ type: "ping", t })), { type: "join", room, clientId }];
+    raw.write(Buffer.concat([...messages.map((message) => clientFrame(JSON.stringify(message))), ...more]));
     while ((await raw.next()).t !== 2 * RATE - 2); // the last one that the burst has a token for
   }
+  /** Somebody who has closed properly when the `join` and a message still wait. */
+  const comesAndGoes = (url: string, room: string, clientId: string) =>
+    comes(url, room, clientId, [clientFrame(JSON.stringify({ type: "send", data: "was here" })), farewell()]);
 
-  test("that has closed properly before its join is handled takes the slot from who sat there then, and is heard", async () => {
+  test("that has closed properly before its join is handled takes the slot from an older socket, and is heard", async () => {
     await using at = await scene();
     const older = await Client.open(at.relay.url);
     expect(await older.join(at.room, "comes and goes")).toMatchObject({ index: 2 });
@@ -298,11 +300,20 @@ describe("a flooder", () => {
     expect(await at.peer.next()).toEqual({ type: "peer_left", index: 2 });
   });
 
-  test("that has closed properly before its join is handled takes no slot from who sat down after that", async () => {
+  test("that has closed properly before its join is handled takes the slot from an older socket whose join waited, too", async () => {
     await using at = await scene();
-    const back = await Client.open(at.relay.url);
+    await comes(at.relay.url, at.room, "comes and goes");
     await comesAndGoes(at.relay.url, at.room, "comes and goes");
-    await at.peer.soFar();
+    at.clock.advance(TICK_MS);
+    expect(await at.peer.next()).toEqual({ type: "peer_joined", index: 2 });
+    expect(await at.peer.next()).toEqual({ type: "message", from: 2, data: "was here" });
+    expect(await at.peer.next()).toEqual({ type: "peer_left", index: 2 });
+  });
+
+  test("that has closed properly before its join is handled takes no slot from a socket that opened after it", async () => {
+    await using at = await scene();
+    await comesAndGoes(at.relay.url, at.room, "comes and goes");
+    const back = await Client.open(at.relay.url);
     expect(await back.join(at.room, "comes and goes")).toMatchObject({ index: 2 });
     await at.peer.next();
     at.clock.advance(TICK_MS);
