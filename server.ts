@@ -2760,7 +2760,7 @@ class Searches {
     if (this.#probes >= PROBES_AT_ONCE) await this.#place(signal);
     if (signal.aborted) return undefined;
     this.#probes++;
-    const has = await siblings.has(id, code, signal).catch(() => undefined);
+    const has = await orAborted(siblings.has(id, code, signal), signal).catch(() => undefined); // look-ups of names can't be aborted
     this.#probes--;
     const next = first(this.#waiting);
     if (next !== undefined) {
@@ -2783,6 +2783,13 @@ class Searches {
       signal.addEventListener("abort", giveUp, { once: true });
     });
   }
+}
+
+/** What a promise comes to, unless the signal comes first. @throws the signal's reason if it does */
+function orAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  const { promise: aborted, reject } = Promise.withResolvers<never>();
+  signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+  return Promise.race([promise, aborted]);
 }
 
 /** Asks a sibling that has been found at an address. @throws if it doesn't say whether it has the room */
@@ -2857,7 +2864,7 @@ function peerSiblings(ids: ReadonlySet<string>, template: string, self: string):
     async has(id, code, signal) {
       const { hostname, port } = new URL(`http://${template.replaceAll("{id}", id)}`);
       const name = hostname.replace(/^\[|\]$/g, "");
-      const addresses = isIP(name) === 0 ? await orAborted(addressesOf(name), signal) : [name];
+      const addresses = isIP(name) === 0 ? await addressesOf(name) : [name];
       for (const address of addresses) {
         const has = await askAt(address, port || 80, code, signal).catch(() => undefined); // it may listen at one of them only
         if (has !== undefined) return has;
@@ -2865,13 +2872,6 @@ function peerSiblings(ids: ReadonlySet<string>, template: string, self: string):
       throw new Error(`${name} doesn't say`);
     },
   };
-}
-
-/** What a promise comes to, unless the signal comes first. @throws the signal's reason if it does */
-function orAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
-  const { promise: aborted, reject } = Promise.withResolvers<never>();
-  signal.addEventListener("abort", () => reject(signal.reason), { once: true });
-  return Promise.race([promise, aborted]);
 }
 
 // ---- Metrics: one row a series ---------------------------------------------------------------------------
@@ -3189,7 +3189,7 @@ export type RelayHandle = {
   /** Where it listens, `http://localhost:PORT`, or at its `host`. */
   readonly url: string;
   readonly port: number;
-  /** Resolves when the relay has stopped: for lack of use, or else, as if drained. */
+  /** Resolves when the relay has stopped: `idle` for lack of use, else `drained`. */
   readonly ended: Promise<"idle" | "drained">;
   /** Stops as on SIGTERM; called again, at once. @returns `ended` */
   drain(): Promise<"idle" | "drained">;
