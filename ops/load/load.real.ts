@@ -258,8 +258,10 @@ describe.skipIf(noGroup !== undefined)(`--cpu${noGroup === undefined ? "" : ` (s
   const compiled = (lines: string[]) =>
     lines.flatMap((line) => /^Optimized ([#\w]+)#.* using FTL with FTL/.exec(line)?.[1] ?? []);
   const REPORT = { BUN_JSC_reportFTLCompileTimes: "1" };
-  const saturate = (url: string, ...flags: string[]) =>
-    load("--url", url, "--rooms", "8", "--rate", "0", "--seconds", "4", ...flags);
+  async function saturate(url: string, ...flags: string[]): Promise<void> {
+    const { result } = await load("--url", url, "--rooms", "8", "--rate", "0", "--seconds", "4", ...flags);
+    expect(result).toMatchObject({ ...GOOD, ok: true });
+  }
 
   test(
     "a relay that finds out keeps Bun's last compiler from what runs for each frame: it would make it stand still",
@@ -279,8 +281,7 @@ describe.skipIf(noGroup !== undefined)(`--cpu${noGroup === undefined ? "" : ` (s
         await relay.line(/ cap reached cap=cpu/);
         await gentle.stop("SIGINT");
         group.lift(); // so that much is done, and worth compiling
-        for (const flags of [["--senders", "all"], ["--targeted"], ["--bytes", "16384"]])
-          expect((await saturate(relay.url, ...flags)).result).toMatchObject({ ...GOOD, ok: true });
+        for (const flags of [["--senders", "all"], ["--targeted"], ["--bytes", "16384"]]) await saturate(relay.url, ...flags);
         expect(compiled(relay.lines)).toEqual([]);
       } finally {
         await relay.stop("SIGKILL");
