@@ -122,6 +122,7 @@ export class Run {
 
     const stretch = stretchBetween(before, after, latency);
     const share = (micros: number) => (lasts ? micros / 1e6 / stretch.seconds : 0);
+    const waited = difference(before.serverWaited, after.serverWaited);
     const { sent, delivered, doubled, outOfOrder, astray } = this.#ledger;
     const { closed, errors, roomsOf } = this.#members;
     const lost = this.#ledger.lost(this.#members.rooms.slice(0, this.#scenario.rooms));
@@ -149,10 +150,7 @@ export class Run {
       toolCpuCore: share(after.toolCpu - before.toolCpu),
       lateMsP99: this.#sender.takeLate().percentileMs(99),
       waited: {
-        server:
-          before.serverWaited === undefined || after.serverWaited === undefined
-            ? null
-            : share(after.serverWaited - before.serverWaited),
+        server: waited === null ? null : share(waited),
         tool: share(after.toolWaited - before.toolWaited),
       },
       ok: lost + doubled + outOfOrder + astray + Object.keys(closed).length + errors.length === 0,
@@ -236,15 +234,14 @@ export class Run {
   }
 }
 
+/** How much a figure has grown; null if one of the two is unknown. */
+const difference = (from?: number, to?: number): number | null => (from === undefined || to === undefined ? null : to - from);
+
 /** What happened between two readings. */
 function stretchBetween(before: Reading, after: Reading, latency: Histogram): Stretch {
   const seconds = (after.atMs - before.atMs) / 1000;
   const deliveries = after.delivered - before.delivered;
-  const used = (what: "serverCpu" | "proxyCpu") => {
-    const [from, to] = [before[what], after[what]];
-    return from === undefined || to === undefined ? null : to - from;
-  };
-  const cpu = used("serverCpu");
+  const cpu = difference(before.serverCpu, after.serverCpu);
   const [from, to] = [before.throttling, after.throttling];
   return {
     seconds,
@@ -260,7 +257,7 @@ function stretchBetween(before: Reading, after: Reading, latency: Histogram): St
     serverCpuMicros: cpu,
     serverCpuMicrosPerDelivery: cpu === null || deliveries === 0 ? null : cpu / deliveries,
     serverCpuCore: cpu === null ? null : cpu / 1e6 / seconds,
-    proxyCpuMicros: used("proxyCpu"),
+    proxyCpuMicros: difference(before.proxyCpu, after.proxyCpu),
     throttling:
       from === undefined || to === undefined
         ? null

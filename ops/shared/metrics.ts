@@ -28,6 +28,14 @@ export function scrape(url: string): Promise<string> {
   return get(`${url}/metrics`);
 }
 
+/** The values of one metric of a relay by what they are labelled beyond instance, region and version. @throws as `scrape` does */
+export async function readMetric(url: string, name: string): Promise<Record<string, number>> {
+  const series = parseMetrics(await scrape(url)).filter((one) => one.name === name);
+  return Object.fromEntries(
+    series.map(({ labels: { instance: _, region: __, version: ___, ...own }, value }) => [Object.values(own).join(), value]),
+  );
+}
+
 /** How a relay is. `text` is its answer to `GET /`; what isn't counted there may be a second old. */
 export type Vitals = { rooms: number; clients: number; internalErrors: number; rssBytes: number; text: string };
 

@@ -11,7 +11,7 @@
 import type { RelayHandle } from "../../server.ts";
 import { Client, type Frame } from "../shared/client.ts";
 import { badUsage, readFlags } from "../shared/flags.ts";
-import { parseMetrics, scrape, vitals } from "../shared/metrics.ts";
+import { readMetric, vitals } from "../shared/metrics.ts";
 import { Random } from "../shared/random.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
 import { PATIENCE_MS, within } from "../shared/wait.ts";
@@ -134,11 +134,11 @@ class Scene {
     await this.#settle();
     for (const room of this.#rooms) this.#judge(room);
     for (const room of this.#rooms) await this.#close(room);
-    const samples = parseMetrics(await scrape(this.relay.url));
+    const { "": paused = NaN } = await readMetric(this.relay.url, "party_sockets_paused_total");
     return {
       messages: this.#rooms.reduce((sum, { story }) => sum + story.length, 0),
       stays: this.#stays,
-      paused: samples.find(({ name }) => name === "party_sockets_paused_total")?.value ?? NaN,
+      paused,
     };
   }
 

@@ -5,7 +5,7 @@
 import { describe, expect, test } from "bun:test";
 import { flyCluster, type Siblings } from "../../server.ts";
 import { Client } from "../shared/client.ts";
-import { parseMetrics, scrape } from "../shared/metrics.ts";
+import { readMetric } from "../shared/metrics.ts";
 import { RelayProcess } from "../shared/processes.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
 import { clientFrame, RawSocket } from "../shared/sockets.ts";
@@ -93,12 +93,7 @@ describe("while a room floods", () => {
     await using relay = testRelay();
     const flooders = (await many(ROOMS, () => crowd(relay.url, SIZE / 2))).flat();
     const { host, guest } = await couple(relay.url);
-    const sent = async () => {
-      const samples = parseMetrics(await scrape(relay.url));
-      return (
-        samples.find(({ name, labels }) => name === "party_sockets_messages_total" && labels.direction === "out")?.value ?? NaN
-      );
-    };
+    const sent = async () => (await readMetric(relay.url, "party_sockets_messages_total")).out ?? NaN;
     const before = await sent();
     for (const { raw } of flooders) raw.write(flood(100));
     host.send({ type: "send", data: "me, too" });

@@ -3,20 +3,12 @@ import { describe, expect, test } from "bun:test";
 import { version } from "../../package.json" with { type: "json" };
 import { flyCluster, type Config, type RelayHandle, type Siblings } from "../../server.ts";
 import { Client } from "../shared/client.ts";
-import { parseMetrics, scrape } from "../shared/metrics.ts";
+import { parseMetrics, readMetric, scrape } from "../shared/metrics.ts";
 import { TestClock, testRelay } from "../shared/relay.ts";
 import { RawSocket } from "../shared/sockets.ts";
 
-/** The values of one metric by what they are labelled beyond instance, region and version. */
-async function read(relay: RelayHandle, name: string): Promise<Record<string, number>> {
-  const series = parseMetrics(await scrape(relay.url)).filter((one) => one.name === name);
-  return Object.fromEntries(
-    series.map(({ labels: { instance: _, region: __, version: ___, ...own }, value }) => [Object.values(own).join(), value]),
-  );
-}
-
 /** The one value of a metric without labels of its own. */
-const readOne = async (relay: RelayHandle, name: string): Promise<number | undefined> => (await read(relay, name))[""];
+const readOne = async (relay: RelayHandle, name: string): Promise<number | undefined> => (await readMetric(relay.url, name))[""];
 
 /** Only what isn't 0, so that a test states what its traffic caused. */
 const counted = (values: Record<string, number>): Record<string, number> =>
@@ -73,7 +65,7 @@ describe("every series", () => {
 
   test("with a closed set of labels starts at 0, so that a first event is a rise", async () => {
     await using relay = testRelay();
-    const labelsOf = async (name: string) => Object.keys(await read(relay, name));
+    const labelsOf = async (name: string) => Object.keys(await readMetric(relay.url, name));
     expect(await labelsOf("party_sockets_messages_total")).toEqual(["in", "out"]);
     expect(await labelsOf("party_sockets_bytes_total")).toEqual(["in", "out"]);
     expect(await labelsOf("party_sockets_joins_total")).toEqual(["new", "resumed", "replaced"]);
@@ -151,12 +143,12 @@ describe("who is there", () => {
     const guest = await Client.open(relay.url, { Origin: "https://phone" });
     await Client.open(relay.url);
     await guest.join(await host.create(), "guest");
-    expect(await read(relay, "party_sockets_clients_by_origin")).toEqual({
+    expect(await readMetric(relay.url, "party_sockets_clients_by_origin")).toEqual({
       "https://screen": 1,
       "https://phone": 1,
       unknown: 0,
     });
-    expect(await read(relay, "party_sockets_rooms_by_origin")).toEqual({
+    expect(await readMetric(relay.url, "party_sockets_rooms_by_origin")).toEqual({
       "https://screen": 1,
       "https://phone": 0,
       unknown: 0,
@@ -171,9 +163,9 @@ describe("who is there", () => {
       await host.ask({ type: "leave" });
     }
     await (await Client.open(relay.url, { Origin: "https://a" })).close();
-    expect(await read(relay, "party_sockets_connections_total")).toEqual({ "https://a": 2 });
-    expect(await read(relay, "party_sockets_rooms_created_total")).toEqual({ "https://a": 2 });
-    expect(await read(relay, "party_sockets_rooms_by_origin")).toEqual({ "https://a": 0 });
+    expect(await readMetric(relay.url, "party_sockets_connections_total")).toEqual({ "https://a": 2 });
+    expect(await readMetric(relay.url, "party_sockets_rooms_created_total")).toEqual({ "https://a": 2 });
+    expect(await readMetric(relay.url, "party_sockets_rooms_by_origin")).toEqual({ "https://a": 0 });
     expect(await readOne(relay, "party_sockets_origins_tracked")).toBe(1);
   });
 });
@@ -187,7 +179,7 @@ describe("origins", () => {
     await using relay = testRelay();
     for (let i = 0; i < ORIGINS_KEPT + 20; i++) await visit(relay, `https://${i}`);
     expect(await readOne(relay, "party_sockets_origins_tracked")).toBe(ORIGINS_KEPT);
-    const connections = await read(relay, "party_sockets_connections_total");
+    const connections = await readMetric(relay.url, "party_sockets_connections_total");
     expect(Object.keys(connections)).toHaveLength(ORIGINS_SHOWN + 1);
     expect(connections.__other__).toBe(ORIGINS_KEPT + 20 - ORIGINS_SHOWN);
   });
@@ -199,7 +191,7 @@ describe("origins", () => {
     for (let i = 2; i < ORIGINS_KEPT; i++) await visit(relay, `https://${i}`);
     for (const _ of "three visits") await visit(relay, "https://busy");
     for (const origin of ["https://one-more", "https://another"]) await visit(relay, origin);
-    const connections = await read(relay, "party_sockets_connections_total");
+    const connections = await readMetric(relay.url, "party_sockets_connections_total");
     expect(connections["https://busy"]).toBe(1 + "three visits".length);
     expect(Object.keys(connections)).not.toContain("https://early");
   });
@@ -212,14 +204,14 @@ describe("origins", () => {
     }
     const host = await Client.open(relay.url, { Origin: "https://game" });
     await host.create();
-    expect(await read(relay, "party_sockets_clients_by_origin")).toMatchObject({ "https://game": 1 });
+    expect(await readMetric(relay.url, "party_sockets_clients_by_origin")).toMatchObject({ "https://game": 1 });
   });
 
   test("never let a counter go down, however members come and go", async () => {
     await using relay = testRelay();
     for (let i = 0; i < ORIGINS_SHOWN; i++) for (const _ of "abc") await visit(relay, `https://${i}`);
     for (let i = 0; i < 30; i++) await visit(relay, `https://small-${i}`);
-    const other = async () => (await read(relay, "party_sockets_connections_total")).__other__;
+    const other = async () => (await readMetric(relay.url, "party_sockets_connections_total")).__other__;
     expect(await other()).toBe(30);
     const host = await Client.open(relay.url, { Origin: "https://small-0" });
     await host.create();
@@ -233,10 +225,10 @@ describe("origins", () => {
     const host = await Client.open(relay.url, { Origin: "https://game" });
     await host.create();
     for (let i = 0; i < ORIGINS_KEPT; i++) await visit(relay, `https://${i}`);
-    const byOrigin = await read(relay, "party_sockets_clients_by_origin");
+    const byOrigin = await readMetric(relay.url, "party_sockets_clients_by_origin");
     expect(counted(byOrigin)).toEqual({ __other__: 1 });
     await host.ask({ type: "leave" });
-    expect(counted(await read(relay, "party_sockets_clients_by_origin"))).toEqual({});
+    expect(counted(await readMetric(relay.url, "party_sockets_clients_by_origin"))).toEqual({});
   });
 
   test("that call themselves __other__ make no second series of that name", async () => {
@@ -267,7 +259,7 @@ describe("origins", () => {
   test("arrive as the client wrote them, whatever they contain", async () => {
     await using relay = testRelay();
     for (const origin of hostile) await visitRaw(relay, origin);
-    const shown = Object.keys(await read(relay, "party_sockets_connections_total"));
+    const shown = Object.keys(await readMetric(relay.url, "party_sockets_connections_total"));
     expect(shown.toSorted()).toEqual(hostile.map((origin) => origin.slice(0, 100)).toSorted());
   });
 
@@ -313,8 +305,8 @@ describe("traffic", () => {
     await hear(one, 2);
     await hear(two, 1);
     const bytes = (texts: string[]) => texts.reduce((sum, text) => sum + Buffer.byteLength(text), 0);
-    expect(await read(relay, "party_sockets_messages_total")).toEqual({ in: 5, out: 9 });
-    expect(await read(relay, "party_sockets_bytes_total")).toEqual({ in: bytes(sent), out: bytes(received) });
+    expect(await readMetric(relay.url, "party_sockets_messages_total")).toEqual({ in: 5, out: 9 });
+    expect(await readMetric(relay.url, "party_sockets_bytes_total")).toEqual({ in: bytes(sent), out: bytes(received) });
   });
 
   test("counts a refusal by its code", async () => {
@@ -323,7 +315,7 @@ describe("traffic", () => {
     await client.ask("not JSON");
     await client.ask('{"type":"no such"}');
     for (const _ of "twice.") await client.ask({ type: "join", clientId: "a", room: "zzzzzz" });
-    expect(counted(await read(relay, "party_sockets_errors_total"))).toEqual({
+    expect(counted(await readMetric(relay.url, "party_sockets_errors_total"))).toEqual({
       bad_json: 1,
       unknown_type: 1,
       room_not_found: "twice.".length,
@@ -333,7 +325,7 @@ describe("traffic", () => {
   test("counts a look-up that is refused with 429", async () => {
     await using relay = testRelay({ maxMissesPerMinute: 1 });
     for (const status of [404, 429]) expect((await fetch(`${relay.url}/room/zzzzzz`)).status).toBe(status);
-    expect(counted(await read(relay, "party_sockets_errors_total"))).toEqual({ too_many_attempts: 1 });
+    expect(counted(await readMetric(relay.url, "party_sockets_errors_total"))).toEqual({ too_many_attempts: 1 });
   });
 
   test("counts a socket that is paused for sending too fast, once a pause", async () => {
@@ -366,8 +358,8 @@ describe("coming and going", () => {
     await host.next(); // peer_left
     await join();
     await join();
-    expect(await read(relay, "party_sockets_joins_total")).toEqual({ new: 1, resumed: 1, replaced: 1 }); // `created` is no join
-    expect(counted(await read(relay, "party_sockets_disconnects_total"))).toEqual({ left: 1, replaced: 1 });
+    expect(await readMetric(relay.url, "party_sockets_joins_total")).toEqual({ new: 1, resumed: 1, replaced: 1 }); // `created` is no join
+    expect(counted(await readMetric(relay.url, "party_sockets_disconnects_total"))).toEqual({ left: 1, replaced: 1 });
   });
 
   test("counts members gone by reason", async () => {
@@ -390,14 +382,14 @@ describe("coming and going", () => {
     await host.next();
     host.send({ type: "kick", index: 4 });
     await kicked.closed;
-    expect(counted(await read(relay, "party_sockets_disconnects_total"))).toEqual({
+    expect(counted(await readMetric(relay.url, "party_sockets_disconnects_total"))).toEqual({
       left: 2,
       lost: 1,
       kicked: 1,
     });
     host.send({ type: "close_room" });
     await host.closed;
-    expect(counted(await read(relay, "party_sockets_disconnects_total"))).toEqual({
+    expect(counted(await readMetric(relay.url, "party_sockets_disconnects_total"))).toEqual({
       left: 2,
       lost: 1,
       kicked: 1,
@@ -423,7 +415,7 @@ describe("coming and going", () => {
       await pinger.soFar(); // one frame at a time, so that this process isn't the one that falls behind
     }
     expect(await left).toEqual({ type: "peer_left", index: 1 });
-    expect(counted(await read(relay, "party_sockets_disconnects_total"))).toEqual({ slow: 1 });
+    expect(counted(await readMetric(relay.url, "party_sockets_disconnects_total"))).toEqual({ slow: 1 });
     slow.end();
   });
 
@@ -437,7 +429,7 @@ describe("coming and going", () => {
     expect(await readOne(relay, "party_sockets_draining")).toBe(1);
     clock.advance(6_500); // rooms are closed from 4 s to 8 s, so one of the two by now
     expect(await hosts[0].closed).toMatchObject({ code: 1012 });
-    expect(counted(await read(relay, "party_sockets_disconnects_total"))).toEqual({ shutdown: 1 });
+    expect(counted(await readMetric(relay.url, "party_sockets_disconnects_total"))).toEqual({ shutdown: 1 });
     expect(await readOne(relay, "party_sockets_clients")).toBe(1);
   });
 });
@@ -460,7 +452,7 @@ describe("routing", () => {
     expect(await get(`/room/${amsCode}`)).toBe(409);
     expect(await get("/?instance=gone", { "fly-replay-src": "instance=a" })).toBe(302);
     expect(await get(`/room/${otherRegionsCode}`, { "fly-replay-failed": "reason=timeout" })).toBe(404);
-    expect(await read(relay, "party_sockets_replays_total")).toEqual({
+    expect(await readMetric(relay.url, "party_sockets_replays_total")).toEqual({
       instance: 1,
       region: 1,
       sibling: 1,
@@ -478,10 +470,10 @@ describe("routing", () => {
     };
     await using relay = testRelay(onFly({ list: async () => Object.keys(answers), has: async (id) => answers[id]?.() ?? false }));
     expect((await fetch(`${relay.url}/room/${amsCode}`)).status).toBe(404);
-    expect(await read(relay, "party_sockets_probes_total")).toEqual({ found: 0, missing: 1, failed: 1 });
+    expect(await readMetric(relay.url, "party_sockets_probes_total")).toEqual({ found: 0, missing: 1, failed: 1 });
     answers.dead = () => true;
     expect((await fetch(`${relay.url}/room/${amsCode}`, { redirect: "manual" })).status).toBe(409);
-    expect(await read(relay, "party_sockets_probes_total")).toMatchObject({ found: 1, failed: 1 });
+    expect(await readMetric(relay.url, "party_sockets_probes_total")).toMatchObject({ found: 1, failed: 1 });
   });
 });
 
