@@ -14,7 +14,7 @@
  * `regions.ts` says what a room's code is.
  */
 import type { Server, ServerWebSocket } from "bun";
-import { heapSize, noFTL } from "bun:jsc";
+import { heapSize, noFTL, noInline } from "bun:jsc";
 import { Resolver } from "node:dns/promises";
 import { readFileSync } from "node:fs";
 import { isIP } from "node:net";
@@ -500,7 +500,7 @@ const BURST_MS = 2_000; // a full bucket holds what the rate gives in this time:
 const REFILL_MS = 50; // how often sockets whose bucket was empty are read on from, if it has a token
 const PEEKS = 3; // how often a paused socket is read from all the same, to see whether it was reset
 const GOODBYE_MS = 5_000; // how long the frames that a properly closed socket left behind may wait to be handled
-const REST_MS = 1.5; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
+const REST_MS = 1.85; // how long a busy relay lets frames gather; with the timer's own lateness under 2 ms
 const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathered: no rest after it
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
@@ -3285,14 +3285,28 @@ function warnOfDescriptors({ maxConnections, log }: Config): void {
 }
 
 /** Keeps Bun's last compiler (FTL) from functions. It compiles once more what has run some seven thousand times. */
-function withoutFTL(functions: readonly ((...args: never[]) => unknown)[]): void {
+function withoutFTL(functions: readonly Compiled[]): void {
   for (const each of functions) noFTL(each as () => void);
 }
 
-// What runs once a member isn't worth that compiler: it took 20 ms of CPU for these when the seven thousandth had connected.
-withoutFTL([knownKey, opened, addressOf, useOrigin, parseObject, MESSAGES.join.parse, Misses.prototype.isOver]);
-withoutFTL([Turns.prototype.isUpToDate, addSlot, unremember, settle, Memory.prototype.lookIfManyOpened]);
-withoutFTL([Turns.prototype.discard, releaseAddress, watchIdle]);
+/** The same, and the other compilers don't copy the functions into those that call them: that compiles them once more for each. */
+function compiledOnce(functions: readonly Compiled[]): void {
+  withoutFTL(functions);
+  for (const each of functions) noInline(each);
+}
+type Compiled = ((...args: never[]) => unknown) | typeof Session;
+declare module "bun:jsc" {
+  function noInline(func: Compiled): void; // Bun's types don't name it
+}
+
+// What runs once a member isn't worth much compiling: until eight thousand had connected, it took 50 ms of CPU.
+compiledOnce([Session, takeUpgrade, readAddress, knownKey, opened, addressOf, useOrigin, Memory.prototype.lookIfManyOpened]);
+compiledOnce([parseObject, clientIdFault, newCode, placeForRoom, MESSAGES.join.parse, Misses.prototype.isOver]);
+compiledOnce([Turns.prototype.isUpToDate, addSlot, unremember, settle, sit, stand, say, announce]);
+compiledOnce([Turns.prototype.discard, releaseAddress, watchIdle]);
+compiledOnce([publish, write]); // these have many callers, and take much longer than a call does
+// What runs for each frame is copied into what calls it, and compiled there.
+withoutFTL([Turns.prototype.now, Turns.prototype.countCalls, first, delivered, Bucket.prototype.take, Bucket.prototype.isEmpty]);
 
 /** The limits that differ from their defaults. */
 function changedLimits(config: Config): Record<string, number> {
