@@ -14,7 +14,7 @@
  * `regions.ts` says what a room's code is.
  */
 import type { Server, ServerWebSocket } from "bun";
-import { heapSize, noFTL, noInline } from "bun:jsc";
+import { heapSize, noFTL } from "bun:jsc";
 import { Resolver } from "node:dns/promises";
 import { readFileSync } from "node:fs";
 import { isIP } from "node:net";
@@ -3285,28 +3285,14 @@ function warnOfDescriptors({ maxConnections, log }: Config): void {
 }
 
 /** Keeps Bun's last compiler (FTL) from functions. It compiles once more what has run some seven thousand times. */
-function withoutFTL(functions: readonly Compiled[]): void {
+function withoutFTL(functions: readonly ((...args: never[]) => unknown)[]): void {
   for (const each of functions) noFTL(each as () => void);
 }
 
-/** The same, and the other compilers don't copy the functions into those that call them: that compiles them once more for each. */
-function compiledOnce(functions: readonly Compiled[]): void {
-  withoutFTL(functions);
-  for (const each of functions) noInline(each);
-}
-type Compiled = ((...args: never[]) => unknown) | typeof Session;
-declare module "bun:jsc" {
-  function noInline(func: Compiled): void; // Bun's types don't name it
-}
-
-// What runs once a member isn't worth much compiling: until eight thousand had connected, it took 50 ms of CPU.
-compiledOnce([Session, takeUpgrade, readAddress, knownKey, opened, addressOf, useOrigin, Memory.prototype.lookIfManyOpened]);
-compiledOnce([parseObject, clientIdFault, newCode, placeForRoom, MESSAGES.join.parse, Misses.prototype.isOver]);
-compiledOnce([Turns.prototype.isUpToDate, addSlot, unremember, settle, sit, stand, say, announce]);
-compiledOnce([Turns.prototype.discard, releaseAddress, watchIdle]);
-compiledOnce([publish, write]); // these have many callers, and take much longer than a call does
-// What runs for each frame is copied into what calls it, and compiled there.
-withoutFTL([Turns.prototype.now, Turns.prototype.countCalls, first, delivered, Bucket.prototype.take, Bucket.prototype.isEmpty]);
+// What runs once a member isn't worth that compiler: it took 20 ms of CPU for these when the seven thousandth had connected.
+withoutFTL([knownKey, opened, addressOf, useOrigin, parseObject, MESSAGES.join.parse, Misses.prototype.isOver]);
+withoutFTL([Turns.prototype.isUpToDate, addSlot, unremember, settle, Memory.prototype.lookIfManyOpened]);
+withoutFTL([Turns.prototype.discard, releaseAddress, watchIdle]);
 
 /** The limits that differ from their defaults. */
 function changedLimits(config: Config): Record<string, number> {
