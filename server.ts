@@ -1415,6 +1415,8 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       const old = slot && room.connected.get(slot.index);
       // A socket that has closed meanwhile replaces none that opened after it: that may be the same person, back again.
       if (old !== undefined && socket.data.goodbye !== undefined && old.data.serial > socket.data.serial) return;
+      // What a socket sent before it closed properly is heard first, if it only waits for the room's turn, as this join did.
+      if (old?.data.goodbye !== undefined && old.data.waitsFor === room.flow) return room.flow;
       if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       const kind: Join = old !== undefined ? "replaced" : slot !== undefined ? "resumed" : "new";

@@ -234,6 +234,24 @@ describe("a flooder", () => {
     expect((await at.peer.next()).data).toBe(0);
   });
 
+  test("that comes back while its last frames wait for their room's turn is heard to the end first", async () => {
+    await using relay = testRelay({ maxMessagesPerSecond: 0 });
+    const [peer, ...others] = await Promise.all(upTo(10).map(() => Client.open(relay.url)));
+    const room = await peer!.create(16);
+    for (const [i, other] of others.entries()) await other.join(room, `other ${i}`);
+    const flooder = await sits(relay.url, room, "flooder");
+    const again = await Client.open(relay.url);
+    await peer!.soFar();
+    flooder.write(Buffer.concat([burstOf(1_500), farewell()])); // as many as one read brings; half of them are more than a share
+    expect(await again.join(room, "flooder")).toMatchObject({ index: 10, resumed: true });
+    const frames = await peer!.soFar();
+    expect(dataOf(frames)).toEqual(upTo(1_500));
+    expect(frames.slice(-2)).toEqual([
+      { type: "peer_left", index: 10 },
+      { type: "peer_joined", index: 10, resumed: true },
+    ]);
+  });
+
   test("that resets while it is paused is noticed at once, and what waited is discarded", async () => {
     await using at = await scene();
     at.flooder.send(...numbered(burst + 30));
