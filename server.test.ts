@@ -1607,6 +1607,12 @@ describe("route", () => {
     ["a pin among others", { query: "?a=1&instance=o-_9&b=2" }, { instance: "o-_9" }],
     ["a pin of 64", { query: `?instance=${"a".repeat(64)}` }, { instance: "a".repeat(64) }],
     ["a pin of 65", { query: `?instance=${"a".repeat(65)}` }, "here"],
+    ["a pin whose name is encoded", { query: "?a&%69%6Esta%6ece=other" }, { instance: "other" }],
+    [
+      "parts that are no pin",
+      { query: "?INSTANCE=other&instance%20=other&%2569nstance=other&instances=other&xinstance=other" },
+      "here",
+    ],
     ["a pin that widens the header", { query: "?instance=a;app=other" }, "here"],
     ["a pin with an encoded semicolon", { query: "?instance=a%3Bapp%3Dother" }, "here"],
     ["a pin with a line break", { query: "?instance=a%0d%0ax" }, "here"],
@@ -1616,7 +1622,7 @@ describe("route", () => {
     ["a replayed pin", { path: "/x", query: "?instance=other", replayed: true }, { redirect: "/x" }],
     [
       "a replayed pin keeps the rest",
-      { path: "/x", query: "?a=%20b&instance=other&c=+", replayed: true },
+      { path: "/x", query: "?a=%20b&instance=other&c=+&%69nstance=x&instance", replayed: true },
       { redirect: "/x?a=%20b&c=+" },
     ],
     ["a failed pin", { path: "//evil.example", query: "?instance=other", ...back }, { redirect: "/evil.example" }],
@@ -1828,6 +1834,13 @@ describe("siblings", () => {
     expect(asked).toHaveLength(1);
     expect((await look(relay.url, `/room/${newCode("fra")}`)).status).toBe(404); // look-ups are counted apart
   });
+  test("an upgrade that is refused counts as the search that it cost", async () => {
+    const { asked, siblings } = stub({ a: false });
+    await using relay = testRelay({ ...fly(siblings), maxMissesPerMinute: 3, allowedOrigins: new Set(["https://game.example"]) });
+    const refused = { Upgrade: "websocket", Connection: "Upgrade", Origin: "https://other.example" };
+    for (let i = 0; i < 5; i++) expect((await look(relay.url, `/${newCode("fra")}`, refused)).status).toBe(403);
+    expect(asked).toHaveLength(3);
+  });
   test("a look-up that gets no search counts as a miss", async () => {
     const { siblings } = stub({ a: "silent" });
     const clock = new TestClock();
@@ -1948,11 +1961,16 @@ describe("configuration", () => {
     [{ ADDRESS_HEADER: "a b" }, /ADDRESS_HEADER/],
     [{ LOG_FORMAT: "xml" }, /LOG_FORMAT/],
     [{ ALLOWED_ORIGINS: "https://a.example,game.example" }, /^ALLOWED_ORIGINS .* not "game.example"$/],
-    [{ ALLOWED_ORIGINS: "*" }, /ALLOWED_ORIGINS/],
+    ...["*", ",", "https://*.example", "https://game.example/play", "https://exa%mple"].map(
+      (ALLOWED_ORIGINS): [Record<string, string>, RegExp] => [{ ALLOWED_ORIGINS }, /^ALLOWED_ORIGINS must list origins [^\n]*$/],
+    ),
+    [{ MAX_MEMORY_BYTES: "9007199254740992" }, /^MAX_MEMORY_BYTES must be a whole number from 0 to 9007199254740991, not/],
     [{ PORT: "x", MAX_ROOMS: "y" }, /PORT.*\nMAX_ROOMS/],
   ];
   for (const [env, message] of wrong)
     test(`says what is wrong with ${JSON.stringify(env)}`, () => expect(fault(env)).toMatch(message));
+  test("takes the largest number that it names", () =>
+    expect(configFromEnv({ MAX_MEMORY_BYTES: "9007199254740991" }).maxMemoryBytes).toBe(9007199254740991));
   test("takes 0 as unlimited, and then has no quarrel between the two sizes", () => {
     expect(fault({ MAX_MESSAGE_BYTES: "0" })).toBe("");
     expect(fault({ MAX_BUFFERED_BYTES: "0" })).toBe("");

@@ -491,6 +491,9 @@ const WORK_BYTES = 2048;
 const LARGE_BYTES = 4 * MIB; // a broadcast of more than this, for all its receivers together, goes to one after the other
 const CALL_WORK = 6; // of a system call: each frame to one socket is one; what a room broadcasts in a turn is one a member
 const SIT_WORK = 20; // of a member that sits down
+const WORK_PER_MS = 2_000; // units that a millisecond of handling is worth
+const TIMED_BYTES = 128; // from here on a frame is timed: parsing it may take far longer than its length says
+const PARSE_BYTES = 8; // of a frame count as a unit at most, however long it took. Small objects with ever new names take a unit for 15
 const TURN_WORK = 6_000; // that a turn is to do, shared by the rooms: some 3 ms
 const TURN_FRAMES = 8192; // that a turn reads before it holds the flows that brought many: as many tiny ones as one read brings, some 2 ms
 const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
@@ -683,7 +686,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   const whole = (name: string, fallback: number, most: number): number => {
     const value = text(name);
     if (value === undefined) return fallback;
-    if (/^\d{1,15}$/.test(value) && Number(value) <= most) return Number(value);
+    if (/^\d+$/.test(value) && Number(value) <= most) return Number(value);
     faults.push(`${name} must be a whole number from 0 to ${most}, not ${JSON.stringify(value)}`);
     return fallback;
   };
@@ -720,15 +723,11 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
     config.dashboardUrl = `https://fly-metrics.net/d/fly-app/fly-app?var-app=${encodeURIComponent(flyApp)}`;
   const origins = text("ALLOWED_ORIGINS");
   if (origins !== undefined) {
-    const listed = origins
-      .toLowerCase()
-      .split(/[,\s]+/)
-      .map((origin) => origin.replace(/\/$/, ""))
-      .filter(Boolean);
-    for (const origin of listed)
-      if (origin !== "null" && !/^[a-z][a-z\d+.-]*:\/\/[^/\s]+$/.test(origin))
-        faults.push(`ALLOWED_ORIGINS must list origins such as https://game.example, not ${JSON.stringify(origin)}`);
-    config.allowedOrigins = new Set(listed);
+    const listed = origins.split(/[,\s]+/).filter(Boolean);
+    const odd = listed.length === 0 ? [origins] : listed.filter((each) => originFrom(each) === undefined);
+    for (const each of odd)
+      faults.push(`ALLOWED_ORIGINS must list origins such as https://game.example, not ${JSON.stringify(each)}`);
+    config.allowedOrigins = new Set(listed.flatMap((each) => originFrom(each) ?? []));
   }
   if (config.addressHeader !== undefined && !/^[\w!#$%&'*+.^`|~-]+$/.test(config.addressHeader))
     faults.push(`ADDRESS_HEADER must be a header's name, not ${JSON.stringify(config.addressHeader)}`);
@@ -751,6 +750,15 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   else if (format !== "text") faults.push(`LOG_FORMAT must be text or json, not ${JSON.stringify(format)}`);
   if (faults.length > 0) throw new ConfigError(faults, config.log);
   return config;
+}
+
+/** An origin as browsers send it: in lower case, without the default port, its host in ASCII; undefined if none would. */
+function originFrom(text: string): string | undefined {
+  const origin = text.toLowerCase().replace(/\/$/, "");
+  if (origin === "null") return origin;
+  if (!/^[a-z][a-z\d+.-]*:\/\/[^/?#@*\s]+$/.test(origin)) return undefined;
+  const url = URL.parse(origin);
+  return url?.origin === "null" ? origin : url?.origin; // URLs don't know the origins of apps, such as capacitor://localhost
 }
 
 /** What is wrong with a cluster behind nginx, as the environment describes it. */
@@ -1716,6 +1724,10 @@ class Turns {
   #payer: Flow | undefined;
   /** `work` when somebody was last charged. */
   #billedAt = 0;
+  /** When that was (clock time), if the frame in hand is timed. */
+  #timedFrom: number | undefined;
+  /** The most work that its time counts as. */
+  #mostTimed = 0;
   /** Flows that are behind, in rotation. */
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
@@ -1776,13 +1788,20 @@ class Turns {
     this.work += CALL_WORK * receivers;
   }
 
-  /** Charges the frame in hand to another flow than its socket's. */
+  /** Charges what is left to do of the frame in hand to another flow than its socket's. */
   payFrom(flow: Flow): void {
+    this.#bill();
     this.#payer = flow;
   }
 
-  /** Charges what the frame in hand has cost so far. */
+  /** Charges what the frame in hand has cost so far: what was counted, or its time if that is more. */
   #bill(): void {
+    if (this.#timedFrom !== undefined) {
+      const now = this.#config.clock.now();
+      const timed = Math.min(this.#mostTimed, (now - this.#timedFrom) * WORK_PER_MS);
+      this.work = Math.max(this.work, this.#billedAt + timed);
+      this.#timedFrom = now;
+    }
     if (this.#payer !== undefined) this.#payer.credit -= this.work - this.#billedAt;
     this.#billedAt = this.work;
   }
@@ -1996,6 +2015,7 @@ class Turns {
   /** Whether a flow has credit for a frame. One that may cost more than a share is let through once in a turn. */
   #mayHandle(flow: Flow, frame: string | Buffer): boolean {
     if (!this.#hasCredit(flow)) return false;
+    if (this.work >= this.#fullAt && frame.length / PARSE_BYTES > LEAST_SHARE) return false;
     const receivers = flow.room?.connected.size ?? 1;
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
     if (this.#hadLarge) {
@@ -2010,12 +2030,17 @@ class Turns {
     let waitsFor: Flow | undefined;
     this.#payer = flow;
     this.#billedAt = this.work++;
+    if (frame.length >= TIMED_BYTES) {
+      this.#timedFrom = this.#config.clock.now();
+      this.#mostTimed = frame.length / PARSE_BYTES;
+    }
     try {
       waitsFor = dispatch(socket, frame);
     } catch (error) {
       crashed(socket, error);
     }
     this.#bill();
+    this.#timedFrom = undefined;
     this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
     this.#takeToken(socket);
@@ -2607,9 +2632,13 @@ function codeIn(path: string, cluster: Cluster | undefined): string | undefined 
   return lookedUp(path) ?? (cluster?.regionOf(code) === undefined ? undefined : code);
 }
 
+/** A part of a query that is called `instance`, each letter plain or percent-encoded. (To parse thousands of parts takes 3 ms.) */
+const PIN = /^(?:i|%69)(?:n|%6[eE])(?:s|%73)(?:t|%74)(?:a|%61)(?:n|%6[eE])(?:c|%63)(?:e|%65)(?:=|$)/;
+const partsOf = (query: string): string[] => query.slice(1).split("&");
+
 /** The machine that a query pins, if it can be one. */
 function pinIn(query: string, cluster: Cluster | undefined): string | undefined {
-  const pin = new URLSearchParams(query).get("instance");
+  const pin = new URLSearchParams(partsOf(query).find((part) => PIN.test(part))).get("instance");
   return pin !== null && cluster?.isMachine(pin) ? pin : undefined;
 }
 
@@ -2627,10 +2656,7 @@ export function route(
   if (pin !== undefined && pin !== instance) {
     if (!replayed) return { instance: pin };
     if (upgrade) return "here"; // its join says what is wrong
-    const rest = query
-      .slice(1)
-      .split("&")
-      .filter((part) => !new URLSearchParams(part).has("instance"));
+    const rest = partsOf(query).filter((part) => !PIN.test(part));
     const target = path.replace(/^[/\\]+/, "/"); // `//host` would lead to another site
     return { redirect: rest.length > 0 ? `${target}?${rest.join("&")}` : target };
   }
@@ -2888,18 +2914,17 @@ const OTHER_ORIGINS = "__other__";
 
 /** The origins with the most of `key`; what `total` has beyond them is summed. So no counter ever goes down. */
 function byOrigin(relay: Relay, key: Exclude<keyof Origin, "name">, total: number): Sample[] {
-  const shown = [...relay.origins.values()]
-    .filter((origin) => origin.name !== OTHER_ORIGINS)
-    .sort((a, b) => b[key] - a[key] || b.connections - a.connections)
-    .slice(0, ORIGINS_SHOWN);
-  const counts = new Map<string, number>(); // two that are cut to the same text are one
-  for (const origin of shown) {
+  const cut = new Map<string, { count: number; connections: number }>(); // those that are cut to the same text are one
+  for (const origin of relay.origins.values()) {
     const name = origin.name.slice(0, ORIGIN_SHOWN);
-    counts.set(name, (counts.get(name) ?? 0) + origin[key]);
+    if (name === OTHER_ORIGINS) continue; // somebody sent just that
+    const { count, connections } = cut.get(name) ?? { count: 0, connections: 0 };
+    cut.set(name, { count: count + origin[key], connections: connections + origin.connections });
   }
-  const rest = total - shown.reduce((sum, origin) => sum + origin[key], 0);
-  if (rest > 0) counts.set(OTHER_ORIGINS, (counts.get(OTHER_ORIGINS) ?? 0) + rest);
-  return [...counts].map(([origin, count]) => [{ origin }, count]);
+  const shown = [...cut].sort(([, a], [, b]) => b.count - a.count || b.connections - a.connections).slice(0, ORIGINS_SHOWN);
+  const rest = total - shown.reduce((sum, [, { count }]) => sum + count, 0);
+  const samples = shown.map(([origin, { count }]): Sample => [{ origin }, count]);
+  return rest > 0 ? [...samples, [{ origin: OTHER_ORIGINS }, rest]] : samples;
 }
 
 // prettier-ignore
@@ -3112,7 +3137,9 @@ function roomAnswer(room: Room | undefined, instance: string): Response {
 /** Makes a request a WebSocket. @param code the room that its path asks for, if such paths are routed */
 function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, address: string, code: string | undefined): Answer {
   const origin = request.headers.get("origin");
-  const { allowedOrigins, cluster } = relay.config;
+  const { allowedOrigins } = relay.config;
+  // Refused or not: it was searched for.
+  if (code !== undefined && !relay.rooms.has(code)) relay.socketMisses.add(address);
   if (origin !== null && allowedOrigins !== undefined && !allowedOrigins.has(origin.toLowerCase()))
     return reply(403, { error: "Origin not allowed" });
   if (request.headers.get("sec-websocket-version") !== WEBSOCKET_VERSION) {
@@ -3121,7 +3148,6 @@ function takeUpgrade(relay: Relay, request: Request, server: Server<Session>, ad
   }
   if ((request.headers.get("sec-websocket-protocol")?.length ?? 0) > PROTOCOLS_LENGTH)
     return reply(400, { error: "Sec-WebSocket-Protocol is too long" });
-  if (cluster !== undefined && code !== undefined && !relay.rooms.has(code)) relay.socketMisses.add(address);
   const name = origin ? copyOf(origin.slice(0, ORIGIN_LENGTH)) : "unknown";
   if (server.upgrade(request, { data: new Session(relay, address, name) })) return undefined;
   return reply(400, { error: "Not a WebSocket handshake" });

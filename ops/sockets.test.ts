@@ -5,7 +5,7 @@
 import { describe, expect, test } from "bun:test";
 import { type ClientMessage, configFromEnv } from "../server.ts";
 import { Client, type Frame } from "./shared/client.ts";
-import { vitals } from "./shared/metrics.ts";
+import { readMetric, vitals } from "./shared/metrics.ts";
 import { RelayProcess } from "./shared/processes.ts";
 import { TestClock, testRelay } from "./shared/relay.ts";
 import { clientFrame, handshake, RawSocket } from "./shared/sockets.ts";
@@ -87,6 +87,27 @@ test("of who joined with a large frame and left, the relay remembers little more
   const { rssBytes: before } = await vitals(child.url);
   for (const n of upTo(300)) await visit(`${n} of hundreds, ${n % 2 ? "as Latin-1" : "as Ω"}`); // 75 MB in all
   expect((await vitals(child.url)).rssBytes - before).toBeLessThan(25_000_000);
+}, 30_000);
+
+test("frames that take long to handle count by their time, so that what follows waits for the next turn", async () => {
+  /** A clock by which whatever is timed takes 5 ms. */
+  class SlowClock extends TestClock {
+    override now(): number {
+      this.advance(5);
+      return super.now();
+    }
+  }
+  for (const [clock, isHeld] of [
+    [new TestClock(), false],
+    [new SlowClock(), true],
+  ] as const) {
+    await using relay = testRelay({ clock, maxMessagesPerSecond: 0 });
+    const raw = await RawSocket.open(relay.url);
+    const frame = clientFrame(JSON.stringify({ type: "nonsense", pad: "x".repeat(9_000) }));
+    raw.write(Buffer.concat(Array<Buffer>(7).fill(frame))); // six are 6,750 units of work, more than a turn does
+    for (const _ of upTo(7)) expect(await raw.next()).toMatchObject({ code: "unknown_type" });
+    expect(await readMetric(relay.url, "party_sockets_paused_total")).toEqual({ "": isHeld ? 1 : 0 });
+  }
 });
 
 test("rooms go on if the system doesn't say how much memory is in use: all descriptors may be", async () => {
@@ -640,10 +661,13 @@ describe("HTTP that no browser sends", () => {
   });
 
   test("an upgrade from an origin that isn't allowed is refused with 403; from allowed ones, and without one, it is taken", async () => {
-    const { allowedOrigins } = configFromEnv({ ALLOWED_ORIGINS: "https://game.example, https://quiz.example/" });
+    const { allowedOrigins } = configFromEnv({
+      ALLOWED_ORIGINS: "https://game.example, https://Quiz.example:443/,https://bücher.example,capacitor://localhost",
+    });
     await using relay = testRelay({ allowedOrigins });
     const answer = async (Origin?: string) => (await answerTo(relay.url, handshake("/", { Origin }))).split(" ")[1];
-    for (const origin of ["https://game.example", "HTTPS://Game.example", "https://quiz.example", undefined])
+    const apps = ["https://xn--bcher-kva.example", "capacitor://localhost"];
+    for (const origin of ["https://game.example", "HTTPS://Game.example", "https://quiz.example", ...apps, undefined])
       expect([origin, await answer(origin)]).toEqual([origin, "101"]);
     for (const origin of ["https://game.example.evil.example", "http://game.example", "null", "https://game.example:444"])
       expect([origin, await answer(origin)]).toEqual([origin, "403"]);

@@ -220,6 +220,14 @@ describe("origins", () => {
     expect(await other()).toBe(31);
   });
 
+  test("that look the same where they are cut stay one series, however many others come", async () => {
+    await using relay = testRelay();
+    const start = `https://${"x".repeat(92)}`;
+    for (const end of "aaaaab") await visit(relay, start + end);
+    for (let i = 0; i < ORIGINS_SHOWN; i++) for (const _ of "ab") await visit(relay, `https://${i}`);
+    expect(await readMetric(relay.url, "party_sockets_connections_total")).toMatchObject({ [start]: 6, __other__: 2 });
+  });
+
   test("that are forgotten while a member is connected are counted in __other__", async () => {
     await using relay = testRelay();
     const host = await Client.open(relay.url, { Origin: "https://game" });

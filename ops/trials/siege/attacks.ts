@@ -263,6 +263,17 @@ export const ATTACKS: Record<string, Attack> = {
     },
   },
 
+  parse: {
+    about: "the members of 60 rooms send 10 frames each of 185 KB, small objects that take long to parse",
+    seconds: 15,
+    async run(siege) {
+      const objects = Array.from({ length: 14_000 }, (_, i) => `{"k${i}":[]}`).join();
+      const bytes = Buffer.concat(Array<Buffer>(10).fill(clientFrame(`{"type":"nonsense","x":[${objects}]}`)));
+      const create = { type: "create", clientId: "creator", maxClients: 1 };
+      return atOnce(siege, await many(60, () => Member.sit(siege.url, create)), () => bytes, 10);
+    },
+  },
+
   pings: {
     about: "300 sockets in no room send 10,000 pings each at once, 25 times their burst",
     seconds: 10,
