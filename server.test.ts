@@ -1408,6 +1408,7 @@ describe("caps", () => {
     const newcomer = await Client.open(relay.url);
     expect(await newcomer.closed).toEqual(full);
     for (const client of [player, third, fourth]) expect(await client.soFar()).toEqual([]);
+    expect(await readMetric(relay.url, "party_sockets_errors_total")).toMatchObject({ capacity: 3 }); // operators are alerted by it
   });
   test("are none at 0: messages of any size, sockets and rooms of any number, any rate, any guesses", async () => {
     const none = { maxMessageBytes: 0, maxBufferedBytes: 0, maxClientsPerRoom: 0, maxRooms: 0, maxConnections: 0 };

@@ -177,7 +177,7 @@ export const CloseCode = {
   KICKED: 4002,
 } as const;
 
-/** What Bun's close handler is told if no close frame came: a reset, a dead peer, a cut. */
+/** What Bun's close handler is told if no close frame came: a FIN without one, a reset, a dead peer, a cut. */
 const NO_CLOSE_FRAME = 1006;
 
 /** The refusals with one message each, by their code. */
@@ -268,7 +268,7 @@ function isPlainJson(text: string, start: number, end: number): boolean {
   let open = 1;
   let isName = false;
   for (;;) {
-    // A value or a name begins. `code` is always the character at `at`; NaN where the text has ended.
+    // A value or a name begins. `code` is always the character at `at`; NaN if the text has ended.
     let code = text.charCodeAt(at);
     if (code === 0x22) {
       const searchedFrom = at + LONG_STRING;
@@ -495,7 +495,7 @@ const WORK_PER_MS = 2_000; // units that a millisecond of handling is worth
 const TIMED_BYTES = 128; // from here on a frame is timed: parsing it may take far longer than its length says
 const PARSE_BYTES = 8; // of a frame count as a unit at most, however long it took. Small objects with ever new names take a unit for 15
 const TURN_WORK = 6_000; // that a turn is to do, shared by the rooms: some 3 ms
-const TURN_FRAMES = 8192; // that a turn reads before it holds the flows that brought many: as many tiny ones as one read brings, some 2 ms
+const TURN_FRAMES = 8192; // that a turn reads before it stops reading from flows that brought many: one read brings as many tiny ones, some 2 ms
 const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
 const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
 const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
@@ -508,9 +508,9 @@ const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathe
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
-const WITHHELD_MS = 12; // a timer that is this much later than our own work explains: a competing process delays it less
-const AGAIN_MS = 250; // late once is a hiccup, twice within this time is none
-const KNOWN_WITHHELD_MS = 6; // the same if it is known that the machine sets a limit
+const WITHHELD_MS = 12; // a timer is later than our own work explains by more than this: CPU was withheld; a competing process delays it less
+const AGAIN_MS = 250; // late once may be a hiccup; twice within this time, the machine sets a limit
+const KNOWN_WITHHELD_MS = 6; // the same in place of WITHHELD_MS, once it is known that the machine sets a limit
 const AT_LIMIT = 0.9; // to be late once is enough if more than this part of what is granted is used
 const WITHHELD_REST_MS = 4; // at first; then longer with each time that CPU is withheld
 const LONGER = 1.2; // times as long, each time
@@ -602,7 +602,7 @@ export type Config = Record<LimitName, number> & {
   dashboardUrl: string | undefined;
   /** The origins whose upgrades are taken, in lower case; undefined: any. */
   allowedOrigins: ReadonlySet<string> | undefined;
-  /** The header whose last entry is the client's address. */
+  /** The header whose last entry is the client's address; undefined: the connection's own address is it. */
   addressHeader: string | undefined;
   log: Log;
   clock: Clock;
@@ -896,7 +896,7 @@ class Address {
   /** The flow of its sockets that are in no room. */
   readonly flow = new Flow();
   readonly sockets = new Set<Socket>();
-  /** How many of the rooms that there are it has created. */
+  /** How many of the present rooms it has created. */
   rooms = 0;
   readonly lingering = new Lingering();
   /** Slots with nobody on them in those rooms, the longest gone first; without the hosts'. */
@@ -1064,7 +1064,7 @@ function capReached(relay: Relay, cap: string): void {
 
 /**
  * Counts a frame that goes to so many receivers.
- * @param sent what Bun's send returned: the frame's bytes, or 0 or -1 if it couldn't leave at once
+ * @param sent what Bun's send returned: the frame's bytes; 0 if nobody was to get it, or the socket is closed; -1 if it waits to leave
  * @returns the frame's bytes
  */
 function delivered(relay: Relay, receivers: number, sent: number, frame: string): number {
@@ -1145,7 +1145,7 @@ function stand(socket: Socket, slot: Slot, why: Disconnect): void {
 }
 
 /**
- * Keeps a slot for its clientId's return; a host's forever. The longest gone is forgotten if there are too many: in the room, or
+ * Keeps a slot for its clientId's return; a host's as long as the room lives. The longest gone is forgotten if there are too many: in the room, or
  * in the rooms of the address whose rooms remember the most.
  */
 function remember(slot: Slot): void {
@@ -1186,7 +1186,7 @@ function addSlot(room: Room, clientId: string): Slot {
   return slot;
 }
 
-/** Gives a slot to another clientId, once. */
+/** Gives a slot to another clientId, and ends the offer. */
 function handOver(slot: Slot, clientId: string): void {
   const { known } = slot.room;
   known.delete(slot.clientId);
@@ -1714,10 +1714,12 @@ class Turns {
   #share = TURN_WORK;
   /** `work` when this turn has done TURN_WORK. */
   #fullAt = TURN_WORK;
-  /** Flows that had a frame in this turn. */
+  /** Flows that asked for credit in this turn. */
   #flows = 0;
   /** Whether this turn had its one frame that is larger than a share. */
   #hadLarge = false;
+  /** Whether a frame of this turn took far longer than was counted for it. */
+  #hadDear = false;
   /** The flow whose large frame waits for the next turn, because this one had its large frame. */
   #largeNext: Flow | undefined;
   /** The flow that the frame in hand is charged to. */
@@ -1759,7 +1761,8 @@ class Turns {
     const session = socket.data;
     this.#takeIn(socket);
     if (session.queue !== undefined) {
-      if (session.queue.push(frame) % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
+      session.queue.push(frame);
+      if (session.queue.length % LOOK_FRAMES === 0) this.#relay.memory.look(); // many small frames are large in memory
       return;
     }
     const { flow } = session;
@@ -1774,8 +1777,8 @@ class Turns {
   }
 
   /**
-   * Whether a room can take a joiner now: nothing of it waits, so that its members know who has left, and it has credit. Or it is the
-   * room's turn already: then its outbox is sent, and the joiner has waited.
+   * Whether a room can take a joiner now. Either nothing of it waits, so that its members know who has left, and it has credit; or its
+   * turn has come: then its outbox is sent, and the joiner has waited.
    */
   isUpToDate(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
@@ -1799,7 +1802,9 @@ class Turns {
     if (this.#timedFrom !== undefined) {
       const now = this.#config.clock.now();
       const timed = Math.min(this.#mostTimed, (now - this.#timedFrom) * WORK_PER_MS);
-      this.work = Math.max(this.work, this.#billedAt + timed);
+      const uncounted = this.#billedAt + timed - this.work;
+      this.work += Math.max(0, uncounted);
+      this.#hadDear ||= uncounted > LEAST_SHARE;
       this.#timedFrom = now;
     }
     if (this.#payer !== undefined) this.#payer.credit -= this.work - this.#billedAt;
@@ -1940,6 +1945,7 @@ class Turns {
     this.#begunAt = now;
     this.#now = now;
     this.#hadLarge = false;
+    this.#hadDear = false;
     this.#largeNext = undefined;
     this.#share = Math.max(LEAST_SHARE, TURN_WORK / Math.max(1, this.#flows, this.#behind.size));
     this.#flows = 0;
@@ -1986,7 +1992,8 @@ class Turns {
   #sendOutbox(room: Room): void {
     const { flow } = room;
     this.#payer = flow;
-    for (this.#billedAt = this.work; this.#hasCredit(flow); this.#bill()) {
+    this.#billedAt = this.work;
+    while (this.#hasCredit(flow)) {
       const [broadcast] = flow.outbox;
       if (broadcast === undefined || (broadcast.remaining !== undefined && this.#relay.memory.isFalling)) break;
       const { frame, except, remaining } = broadcast;
@@ -1994,6 +2001,7 @@ class Turns {
       if (socket?.data.slot?.room === room) write(socket, frame);
       if (remaining === undefined) publishNow(room, frame, except);
       if (remaining === undefined || remaining.length === 0) flow.outbox.shift();
+      this.#bill();
     }
     this.#payer = undefined;
   }
@@ -2012,10 +2020,13 @@ class Turns {
     return flow.credit > (this.work < this.#fullAt ? 0 : this.#share - LEAST_SHARE);
   }
 
-  /** Whether a flow has credit for a frame. One that may cost more than a share is let through once in a turn. */
+  /**
+   * Whether a flow has credit for a frame. One that may cost more than a share is let through once in a turn. Once a frame of
+   * this turn has taken far longer than was counted for it, and the turn is full, other long ones wait for the next.
+   */
   #mayHandle(flow: Flow, frame: string | Buffer): boolean {
     if (!this.#hasCredit(flow)) return false;
-    if (this.work >= this.#fullAt && frame.length / PARSE_BYTES > LEAST_SHARE) return false;
+    if (this.#hadDear && this.work >= this.#fullAt && frame.length / PARSE_BYTES > LEAST_SHARE) return false; // it may be the next
     const receivers = flow.room?.connected.size ?? 1;
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
     if (this.#hadLarge) {
@@ -2054,7 +2065,10 @@ class Turns {
   }
 
   #pause(socket: Socket): void {
-    Object.assign(socket.data, { queue: [], peeks: 0, isPeeking: false });
+    const session = socket.data;
+    session.queue = [];
+    session.peeks = 0;
+    session.isPeeking = false;
     socket.pause();
     this.#relay.pausedTotal++;
   }
@@ -2066,7 +2080,7 @@ class Turns {
     this.#wake();
   }
 
-  /** What is next for a paused socket that had a frame handled, or has a token again. */
+  /** What is next for a paused socket that had a frame handled, has a token again, or is held no longer. */
   #goOn(socket: Socket): void {
     const session = socket.data;
     const now = this.now();
@@ -2099,7 +2113,7 @@ class Turns {
 
   /**
    * Looks whether a paused socket was reset: reads from it until something comes, PEEKS times at most, and only if bytes to it are
-   * unsent. If a send of ours was told of the reset, only reading shows it. (A FIN of somebody who takes nothing is taken for a
+   * unsent. If a send of ours met the reset, nothing tells of it any more but a read. (A FIN of somebody who takes nothing is taken for a
    * reset, too.)
    */
   #peek(socket: Socket): void {
@@ -2339,8 +2353,8 @@ function gone(socket: Socket, code: number): void {
 }
 
 /**
- * Pings who has been quiet, and cuts who answered nothing for two sweeps: a dead phone sends no FIN. Forgets misses and searches
- * that are over.
+ * Pings who has been quiet, and cuts who answered nothing for two sweeps: a dead phone sends no FIN. Forgets misses whose minute is
+ * over, and codes that were nowhere.
  */
 function sweep(relay: Relay): void {
   const now = relay.config.clock.now();
@@ -2574,8 +2588,8 @@ class Misses {
   }
 
   /**
-   * Whether an address has used up its minute. Then its look-ups are refused, but for rooms in which it sits, and its joins, but for
-   * clientIds that the room knows, too.
+   * Whether an address has used up its minute. Then it finds only rooms in which somebody from it sits, and joins only those, or with
+   * a clientId that the room knows.
    */
   isOver(address: string): boolean {
     const { clock, maxMissesPerMinute: most } = this.#config;
@@ -2912,7 +2926,7 @@ const by = (label: string, counts: Record<string, number>): Sample[] =>
 
 const OTHER_ORIGINS = "__other__";
 
-/** The origins with the most of `key`; what `total` has beyond them is summed. So no counter ever goes down. */
+/** The origins with the most of `key`; what `total` has beyond them is summed, so that nothing is lost of it. */
 function byOrigin(relay: Relay, key: Exclude<keyof Origin, "name">, total: number): Sample[] {
   const cut = new Map<string, { count: number; connections: number }>(); // those that are cut to the same text are one
   for (const origin of relay.origins.values()) {
@@ -3228,7 +3242,7 @@ export type RelayHandle = {
 };
 
 /**
- * Starts a relay. It shares nothing with another one in the same process.
+ * Starts a relay. It shares no state with another one in the same process.
  * @param options what isn't named has its default
  * @throws ConfigError if it can't listen on the port
  */
@@ -3317,7 +3331,7 @@ function withoutFTL(functions: readonly ((...args: never[]) => unknown)[]): void
   for (const each of functions) noFTL(each as () => void);
 }
 
-// What runs once a member isn't worth that compiler: it took 20 ms of CPU for these when the seven thousandth had connected.
+// What runs once for each member isn't worth that compiler: it took 20 ms of CPU for these when the seven thousandth had connected.
 withoutFTL([knownKey, opened, addressOf, useOrigin, parseObject, MESSAGES.join.parse, Misses.prototype.isOver]);
 withoutFTL([Turns.prototype.isUpToDate, addSlot, unremember, settle, Memory.prototype.lookIfManyOpened]);
 withoutFTL([Turns.prototype.discard, releaseAddress, watchIdle]);

@@ -405,6 +405,24 @@ describe("coming and going", () => {
     });
   });
 
+  test("counts a member as lost, not slow, that came after much was said and vanishes", async () => {
+    await using relay = testRelay({ maxBufferedBytes: 100_000, maxMessageBytes: 25_000 });
+    const host = await Client.open(relay.url);
+    const room = await host.create();
+    const early = await Client.open(relay.url);
+    await early.join(room, "early");
+    for (let i = 0; i < 6; i++) {
+      host.send({ type: "send", data: "x".repeat(20_000) });
+      expect(await early.next()).toMatchObject({ from: 0 });
+    }
+    const late = await Client.open(relay.url);
+    await late.join(room, "late");
+    await early.next(); // peer_joined
+    late.terminate();
+    expect(await early.next()).toMatchObject({ type: "peer_left" });
+    expect(counted(await readMetric(relay.url, "party_sockets_disconnects_total"))).toEqual({ lost: 1 });
+  });
+
   test("counts a member that reads nothing and is cut as slow", async () => {
     await using relay = testRelay();
     const host = await Client.open(relay.url);
