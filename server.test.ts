@@ -1751,6 +1751,24 @@ describe("siblings", () => {
       expect((await readMetric(relay.url, "party_sockets_probes_total")).failed).toBe(failed);
     }
   });
+  test("siblings that were silent for hundreds of searches are asked on, and found when they speak", async () => {
+    const wanted = newCode("fra");
+    const { siblings: silent } = stub({ a: "silent", b: "silent", c: "silent", d: "silent" }); // 4 x 64: more than are asked at once
+    const siblings: Siblings = {
+      ...silent,
+      has: (id, code, signal) => (code === wanted ? Promise.resolve(id === "d") : silent.has(id, code, signal)),
+    };
+    const clock = new TestClock();
+    await using relay = testRelay({ ...fly(siblings), clock });
+    const before = clock.pending;
+    const answers = Array.from({ length: 64 }, (_, i) =>
+      look(relay.url, `/room/${newCode("fra")}`, { "Fly-Client-IP": `1.1.1.${i % 8}` }),
+    );
+    while (clock.pending < before + 64) await Bun.sleep(1);
+    clock.advance(1_000);
+    for (const answer of await Promise.all(answers)) expect(answer.status).toBe(404);
+    expect((await look(relay.url, `/room/${wanted}`)).headers.get("fly-replay")).toStartWith("instance=d;");
+  });
   test("at most 8 searches for an address and 64 in all; who gets none is told 503", async () => {
     const { siblings } = stub({ a: "silent" });
     const clock = new TestClock();
