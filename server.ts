@@ -493,9 +493,9 @@ const CALL_WORK = 6; // of a system call: each frame to one socket is one; what 
 const SIT_WORK = 20; // of a member that sits down
 const WORK_PER_MS = 2_000; // units that a millisecond of handling is worth
 const TIMED_BYTES = 128; // from here on a frame is timed: parsing it may take far longer than its length says
-const PARSE_BYTES = 8; // of a frame count as a unit at most, however long it took. Small objects with ever new names take a unit for 15
+const PARSE_BYTES = 8; // of a frame to a unit of its time, at least: 15 with the dearest text known, small objects with ever new names
 const TURN_WORK = 6_000; // that a turn is to do, shared by the rooms: some 3 ms
-const TURN_FRAMES = 8192; // that a turn reads before it stops reading from flows that brought many: one read brings as many tiny ones, some 2 ms
+const TURN_FRAMES = 8192; // that a turn reads before it holds flows that brought many: one read brings as many tiny ones, some 2 ms
 const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
 const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
 const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
@@ -508,7 +508,7 @@ const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathe
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
-const WITHHELD_MS = 12; // a timer is later than our own work explains by more than this: CPU was withheld; a competing process delays it less
+const WITHHELD_MS = 12; // later than our own work explains, a timer says that CPU is withheld; a competing process delays it less
 const AGAIN_MS = 250; // late once may be a hiccup; twice within this time, the machine sets a limit
 const KNOWN_WITHHELD_MS = 6; // the same in place of WITHHELD_MS, once it is known that the machine sets a limit
 const AT_LIMIT = 0.9; // to be late once is enough if more than this part of what is granted is used
@@ -1064,7 +1064,7 @@ function capReached(relay: Relay, cap: string): void {
 
 /**
  * Counts a frame that goes to so many receivers.
- * @param sent what Bun's send returned: the frame's bytes; 0 if nobody was to get it, or the socket is closed; -1 if it waits to leave
+ * @param sent what Bun's send returned: the frame's bytes; 0 if nobody gets it, or the socket is closed; -1 if it waits to leave
  * @returns the frame's bytes
  */
 function delivered(relay: Relay, receivers: number, sent: number, frame: string): number {
@@ -1145,8 +1145,8 @@ function stand(socket: Socket, slot: Slot, why: Disconnect): void {
 }
 
 /**
- * Keeps a slot for its clientId's return; a host's as long as the room lives. The longest gone is forgotten if there are too many: in the room, or
- * in the rooms of the address whose rooms remember the most.
+ * Keeps a slot for its clientId's return; a host's as long as the room lives. The longest gone is forgotten if there are too many:
+ * in the room, or in the rooms of the address whose rooms remember the most.
  */
 function remember(slot: Slot): void {
   const { room } = slot;
@@ -1777,8 +1777,8 @@ class Turns {
   }
 
   /**
-   * Whether a room can take a joiner now. Either nothing of it waits, so that its members know who has left, and it has credit; or its
-   * turn has come: then its outbox is sent, and the joiner has waited.
+   * Whether a room can take a joiner now. Either nothing of it waits, so that its members know who has left, and it has credit;
+   * or its turn has come: then its outbox is sent, and the joiner has waited.
    */
   isUpToDate(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
@@ -2113,7 +2113,7 @@ class Turns {
 
   /**
    * Looks whether a paused socket was reset: reads from it until something comes, PEEKS times at most, and only if bytes to it are
-   * unsent. If a send of ours met the reset, nothing tells of it any more but a read. (A FIN of somebody who takes nothing is taken for a
+   * unsent. If a send of ours met the reset, only a read still tells of it. (A FIN of somebody who takes nothing is taken for a
    * reset, too.)
    */
   #peek(socket: Socket): void {
@@ -2588,8 +2588,8 @@ class Misses {
   }
 
   /**
-   * Whether an address has used up its minute. Then it finds only rooms in which somebody from it sits, and joins only those, or with
-   * a clientId that the room knows.
+   * Whether an address has used up its minute. Then it finds only rooms in which somebody from it sits, and joins only those, or
+   * with a clientId that the room knows.
    */
   isOver(address: string): boolean {
     const { clock, maxMissesPerMinute: most } = this.#config;
