@@ -44,6 +44,7 @@ const EMPTY_MS = 30_000; // a paused flooder's queue empties at the refill rate,
 const WHOLE_MS = 90_000;
 const WARM_UP = 1.25; // a trial's warm-up is a fourth of its time, and comes on top
 const MEMORY_BYTES = 256 * 1024 * 1024; // what a machine of 512 MB is given by default
+const EASY_BYTES = 0.9 * MEMORY_BYTES; // just below the bound the next newcomer may be refused again
 const EXIT_OF_KILL = 128 + 9;
 
 const USAGE =
@@ -129,7 +130,8 @@ async function welcomes(): Promise<void> {
     if (client === undefined) return false;
     const answer = await within(client.ask({ type: "ping" }), "a pong").catch(() => undefined);
     client.terminate();
-    return answer?.type === "pong";
+    const { rssBytes } = await vitals(relayUrl);
+    return answer?.type === "pong" && rssBytes < EASY_BYTES;
   };
   await until("newcomers to be welcome", isWelcome, FULL_MS).catch((error: Error) => fault(error.message));
   const took = performance.now() - since;
