@@ -493,7 +493,7 @@ const CALL_WORK = 6; // of a system call: each frame to one socket is one; what 
 const SIT_WORK = 20; // of a member that sits down
 const WORK_PER_MS = 2_000; // units that a millisecond of handling is worth
 const TIMED_BYTES = 128; // from here on a frame is timed: parsing it may take far longer than its length says
-const PARSE_BYTES = 8; // of a frame to a unit of its time, at least: 15 with the dearest text known, small objects with ever new names
+const PARSE_BYTES = 8; // for each of them a frame's time counts as one unit at most; the dearest text known takes one for 15
 const TURN_WORK = 6_000; // that a turn is to do, shared by the rooms: some 3 ms
 const TURN_FRAMES = 8192; // that a turn reads before it holds flows that brought many: one read brings as many tiny ones, some 2 ms
 const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
@@ -508,7 +508,7 @@ const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathe
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
-const WITHHELD_MS = 12; // later than our own work explains, a timer says that CPU is withheld; a competing process delays it less
+const WITHHELD_MS = 12; // how much later than our own work explains a timer is if CPU is withheld: a competing process delays it less
 const AGAIN_MS = 250; // late once may be a hiccup; twice within this time, the machine sets a limit
 const KNOWN_WITHHELD_MS = 6; // the same in place of WITHHELD_MS, once it is known that the machine sets a limit
 const AT_LIMIT = 0.9; // to be late once is enough if more than this part of what is granted is used
@@ -1728,7 +1728,7 @@ class Turns {
   #billedAt = 0;
   /** When that was (clock time), if the frame in hand is timed. */
   #timedFrom: number | undefined;
-  /** The most work that its time counts as. */
+  /** The most work that its time from then on counts as. */
   #mostTimed = 0;
   /** Flows that are behind, in rotation. */
   readonly #behind = new Set<Flow>();
@@ -1797,7 +1797,10 @@ class Turns {
     this.#payer = flow;
   }
 
-  /** Charges what the frame in hand has cost so far: what was counted, or its time if that is more. */
+  /**
+   * Charges what the frame in hand has cost so far: what was counted, or its time if that is more. Its time counts only as far as its
+   * length can explain, so that nobody pays for a pause of the machine.
+   */
   #bill(): void {
     if (this.#timedFrom !== undefined) {
       const now = this.#config.clock.now();
@@ -1806,6 +1809,7 @@ class Turns {
       this.work += Math.max(0, uncounted);
       this.#hadDear ||= uncounted > LEAST_SHARE;
       this.#timedFrom = now;
+      this.#mostTimed -= timed;
     }
     if (this.#payer !== undefined) this.#payer.credit -= this.work - this.#billedAt;
     this.#billedAt = this.work;
@@ -2026,7 +2030,7 @@ class Turns {
    */
   #mayHandle(flow: Flow, frame: string | Buffer): boolean {
     if (!this.#hasCredit(flow)) return false;
-    if (this.#hadDear && this.work >= this.#fullAt && frame.length / PARSE_BYTES > LEAST_SHARE) return false; // it may be the next
+    if (this.#hadDear && this.work >= this.#fullAt && frame.length / PARSE_BYTES > LEAST_SHARE) return false; // they may be dear, too
     const receivers = flow.room?.connected.size ?? 1;
     if (1 + receivers * (1 + frame.length / WORK_BYTES) <= this.#share) return true;
     if (this.#hadLarge) {

@@ -89,14 +89,28 @@ test("of who joined with a large frame and left, the relay remembers little more
   expect((await vitals(child.url)).rssBytes - before).toBeLessThan(25_000_000);
 }, 30_000);
 
-test("frames that take long to handle count by their time, so that what follows waits for the next turn", async () => {
-  /** A clock by which whatever is timed takes 5 ms. */
-  class SlowClock extends TestClock {
-    override now(): number {
-      this.advance(5);
-      return super.now();
-    }
+/** A clock by which whatever is timed takes 5 ms. */
+class SlowClock extends TestClock {
+  override now(): number {
+    this.advance(5);
+    return super.now();
   }
+}
+
+test("who asks to join by a frame that takes long to parse pays for that, and not the room", async () => {
+  await using relay = testRelay({ clock: new SlowClock(), maxMessagesPerSecond: 0 });
+  const host = await RawSocket.open(relay.url);
+  host.send({ type: "create", clientId: "host", maxClients: 1 });
+  const { room } = await host.next();
+  const stranger = await RawSocket.open(relay.url);
+  stranger.send({ type: "join", room, clientId: "stranger", pad: "x".repeat(60_000) } as ClientMessage); // 7,500 units of work
+  host.send({ type: "send", data: "heard at once", echo: true });
+  expect(await host.next()).toMatchObject({ data: "heard at once" });
+  expect(await stranger.next()).toMatchObject({ code: "room_full" });
+  expect(await readMetric(relay.url, "party_sockets_paused_total")).toEqual({ "": 0 });
+});
+
+test("frames that take long to handle count by their time, so that what follows waits for the next turn", async () => {
   for (const [clock, isHeld] of [
     [new TestClock(), false],
     [new SlowClock(), true],

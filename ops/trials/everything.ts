@@ -130,8 +130,7 @@ async function welcomes(): Promise<void> {
     if (client === undefined) return false;
     const answer = await within(client.ask({ type: "ping" }), "a pong").catch(() => undefined);
     client.terminate();
-    const { rssBytes } = await vitals(relayUrl);
-    return answer?.type === "pong" && rssBytes < EASY_BYTES;
+    return answer?.type === "pong" && (await vitals(relayUrl)).rssBytes < EASY_BYTES;
   };
   await until("newcomers to be welcome", isWelcome, FULL_MS).catch((error: Error) => fault(error.message));
   const took = performance.now() - since;

@@ -17,7 +17,7 @@ import { type Arena, main, trial, type Trial, type Where } from "./trial.ts";
 
 type Attack = (arena: Arena, raw: RawSocket) => Promise<void>;
 
-/** How often each type is sent, beside the others. The type checker misses none. */
+/** How often each type is sent, compared with the others. The type checker asks for each of them, as for the answers. */
 const WEIGHTS: Record<ClientMessage["type"], number> = {
   create: 1,
   join: 1,
