@@ -39,6 +39,7 @@ const NEARLY_FULL = 0.9; // of what a silent member endures: never over the limi
 const ONE_READ = 1_980; // numbered frames that the relay reads at once: 64 KiB
 const NOTICE_MS = 300; // in which those who read again have noticed the end of their socket
 const RECONNECT_MS = 3_000;
+const LINGER = 20; // seconds: rooms are there for as long as the attack, and gone when everything is looked at afterwards
 const thousands = (n: number): string => Math.round(n).toLocaleString("en");
 const secondsSince = (began: number): string => `${((performance.now() - began) / 1000).toFixed(1)} s`;
 const goneOf = (members: Member[]): number => members.filter(({ isGone }) => isGone).length;
@@ -246,7 +247,7 @@ export const ATTACKS: Record<string, Attack> = {
     about: "1,000 sockets from 200 addresses create a room at once, while 10,000 rooms linger",
     seconds: 10,
     async run(siege) {
-      const create = { type: "create", clientId: "creator", maxClients: 1, linger: 300 };
+      const create = { type: "create", clientId: "creator", maxClients: 1, linger: LINGER };
       await many(10_000, async () => (await Member.sit(siege.url, create)).raw.reset());
       const sockets = await many(1_000, (i) => Member.open(siege.url, { "X-Forwarded-For": `198.51.100.${i % 200}` }));
       return atOnce(siege, sockets, () => clientFrame(JSON.stringify(create)), 1);
