@@ -147,8 +147,9 @@ describe.skipIf(whyNoEngine !== undefined)(`the image${whyNoEngine ?? ""}`, () =
     await guest.join(await host.create(), "guest");
     await host.next(); // peer_joined
 
-    const besiegers = [sendWithoutEnd(relay.url, from("192.0.2.3")), joinAndNotRead(relay.url, from("192.0.2.4"))];
-    const siege = Promise.all([relay.isHealthy(), ...besiegers]);
+    const unread = await joinAndNotRead(relay.url, from("192.0.2.4")); // first: once memory is full nobody may join
+    const siege = Promise.all([relay.isHealthy(), sendWithoutEnd(relay.url, from("192.0.2.3"))]);
+    for (let n = 0; n < 20; n++) unread.send({ type: "send", data: "x".repeat(250 * 1024) });
     let isOver = false;
     void siege.finally(() => (isOver = true));
     for (let n = 0; !isOver; n++) {
@@ -172,8 +173,8 @@ async function sendWithoutEnd(url: string, headers: Record<string, string>): Pro
     );
 }
 
-/** Fills memory by what members of a room don't read. */
-async function joinAndNotRead(url: string, headers: Record<string, string>): Promise<void> {
+/** Fills a room with members that don't read. @returns its host */
+async function joinAndNotRead(url: string, headers: Record<string, string>): Promise<RawSocket> {
   const host = await RawSocket.open(url, "/", headers);
   host.send({ type: "create", clientId: "host", maxClients: 1000 });
   const { room } = await host.next();
@@ -185,5 +186,5 @@ async function joinAndNotRead(url: string, headers: Record<string, string>): Pro
       member.pause();
     }),
   );
-  for (let i = 0; i < 20; i++) host.send({ type: "send", data: "x".repeat(250 * 1024) });
+  return host;
 }
