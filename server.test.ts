@@ -65,7 +65,7 @@ describe("create", () => {
     });
   });
 
-  test("says empty labels where none are set", async () => {
+  test("says empty labels if none are set", async () => {
     await using relay = testRelay();
     const host = await Client.open(relay.url);
     expect(await host.ask({ type: "create", clientId: "a", maxClients: 2 })).toMatchObject({
@@ -252,7 +252,7 @@ describe("join", () => {
     expect(await p.guest.next()).toEqual({ type: "peer_joined", index: 0, resumed: true });
   });
 
-  test("replaces in a full room, but resumes only where there is a place", async () => {
+  test("replaces in a full room, but resumes only if there is a place", async () => {
     await using relay = testRelay();
     const [host, guest, other] = [await Client.open(relay.url), await Client.open(relay.url), await Client.open(relay.url)];
     const room = await host.create(2);
@@ -350,7 +350,7 @@ describe("send", () => {
     expect(await p.second.soFar()).toEqual([{ type: "message", from: 0, data: 1 }]);
   });
 
-  test("to several is refused whole where one is no index or there are more than 64", async () => {
+  test("to several is refused whole if one is no index or there are more than 64", async () => {
     await using p = await party(1);
     for (const to of [[1, "1"], [1, null], [1, -1], Array.from({ length: 65 }, (_, i) => i)])
       expect(await p.host.ask(odd({ type: "send", data: 1, to }))).toEqual(error("Target peer not found", "peer_not_found"));
@@ -475,7 +475,7 @@ describe("send", () => {
     expect(await p.guest.nextText()).toBe('{"type":"message","from":0,"data":1}');
   });
 
-  test("with a long string is no message where the string isn't JSON", async () => {
+  test("with a long string is no message if the string isn't JSON", async () => {
     await using p = await party(1);
     const long = "x".repeat(5000);
     for (const data of [`"${long}\n"`, `"${long}\u0000${long}"`, `"${long}\\x"`, `"${long}" "${long}"`, `"${long}`, `${long}"`])
@@ -486,7 +486,7 @@ describe("send", () => {
     }
   });
 
-  test("arrives even where the sender goes in the same moment", async () => {
+  test("arrives even if the sender goes in the same moment", async () => {
     await using p = await party(1);
     for (let i = 0; i < 100; i++) p.guest.send({ type: "send", data: i });
     void p.guest.close();
@@ -970,7 +970,7 @@ describe("leave", () => {
 });
 
 describe("ping", () => {
-  test("gives pong with t where it is a finite number, in or out of a room", async () => {
+  test("gives pong with t if it is a finite number, in or out of a room", async () => {
     const clock = new TestClock();
     await using p = await party(0, { clock });
     const now = clock.epoch();
@@ -1077,7 +1077,7 @@ describe("HTTP", () => {
     }
   });
 
-  test("/ goes to the dashboard where there is one", async () => {
+  test("/ goes to the dashboard if there is one", async () => {
     await using relay = testRelay({ dashboardUrl: "https://stats.example/d" });
     const page = await fetch(`${relay.url}/`, { redirect: "manual" });
     expect([page.status, page.headers.get("location")]).toEqual([302, "https://stats.example/d"]);
@@ -1578,7 +1578,7 @@ describe("room codes", () => {
     expect(regionOf("zzzzzz")).toBeUndefined();
     for (const code of ["", "12345", "1234567", "12345O", "12345l", "%%%%%%"]) expect(regionOf(code)).toBeUndefined();
   });
-  test("don't repeat and use every row where no region is set", () => {
+  test("don't repeat and use every row if no region is set", () => {
     const codes = Array.from({ length: 2000 }, () => newCode(undefined));
     expect(new Set(codes).size).toBe(2000);
     expect(new Set(codes.map(regionOf)).size).toBe(REGIONS.length + 1);
@@ -2014,7 +2014,7 @@ describe("configuration", () => {
       stdout: "pipe",
       stderr: "pipe",
     });
-  test("`bun run server.ts` ends with a message where a variable is wrong, or the port is taken", async () => {
+  test("`bun run server.ts` ends with a message if a variable is wrong, or the port is taken", async () => {
     const bad = run({ PORT: "abc" });
     expect([await bad.exited, await new Response(bad.stderr).text()]).toEqual([
       1,
@@ -2027,6 +2027,13 @@ describe("configuration", () => {
       `Port ${relay.port} is in use: set PORT to another\n`,
     ]);
   });
+});
+
+test("a relay that can't have its port leaves nothing that goes on", async () => {
+  await using relay = testRelay();
+  const clock = new TestClock();
+  expect(() => testRelay({ clock, port: relay.port })).toThrow(`Port ${relay.port} is in use: set PORT to another`);
+  expect(clock.pending).toBe(0);
 });
 
 test("the version is package.json's", async () => {

@@ -249,8 +249,8 @@ const NOT_PLAIN = /[\\\x00-\x1f]/;
 const MOST_OPEN = 2 ** 30; // 30 objects and arrays, one in another, as bits
 
 /**
- * Whether what stands between two places of a text is one JSON value; throws nothing. `JSON.parse` makes all that it reads, and we
- * would throw it away: that costs a saturated relay 7 to 9 % of its CPU. So a look decides, and `JSON.parse` only if the look
+ * Whether what stands between two places of a text is one JSON value; throws nothing. `JSON.parse` builds objects that nobody
+ * needs, and a relay that is full feels that. So a scan that builds nothing decides, and `JSON.parse` is asked only if the scan
  * isn't sure.
  */
 export function isJson(text: string, start = 0, end = text.length): boolean {
@@ -446,39 +446,40 @@ type LimitName = keyof typeof LIMITS;
 const LIMIT_NAMES = Object.keys(LIMITS) as LimitName[];
 
 const LINGER_SECONDS = 300; // long enough to paste a code into another app
+const LONGEST_TIMER_SECONDS = 2_147_483; // of a timer that counts milliseconds in 32 bits
 const GRACE_SECONDS = 3600; // a host's phone may nap through a film
-/** The most that a limit may be set to; MOST_BYTES for those that aren't named here. */
+/** The most that a limit may be set to; LARGEST_LIMIT for those that aren't named here. */
 const MOST: { [name in LimitName]?: number } = {
   maxMemoryBytes: Number.MAX_SAFE_INTEGER,
   defaultLingerSeconds: LINGER_SECONDS,
   defaultHostGraceSeconds: GRACE_SECONDS,
-  drainSeconds: 2_147_483, // the longest timer
-  idleExitSeconds: 2_147_483,
+  drainSeconds: LONGEST_TIMER_SECONDS,
+  idleExitSeconds: LONGEST_TIMER_SECONDS,
 };
-const MOST_BYTES = 4_294_967_295; // the largest size that the WebSocket layer takes
+const LARGEST_LIMIT = 4_294_967_295; // the largest size that the WebSocket layer takes
 
 const CLIENT_ID_LENGTH = 128; // characters; a UUID four times over
 const STATE_BYTES = 16 * 1024; // a snapshot is sent to every joiner
 const URL_BYTES = 512; // fits a QR code that a phone reads across a room
-const TARGETS = 64; // slots that one `send` may name
+const SEND_TARGETS = 64; // slots that one `send` may name
 const OFFER_BYTES = 16; // of a slot offer's token; 22 characters of base64url
 const OFFER_MS = 300_000; // long enough to find the other phone and scan a code
 const PROTOCOLS_LENGTH = 1_000; // characters of a Sec-WebSocket-Protocol header: Bun's answer repeats it, and proxies keep few KB
 const ORIGIN_LENGTH = 256; // characters of an Origin header that are kept
-const ORIGIN_SHOWN = 100; // characters of it in /metrics
+const ORIGIN_SHOWN_LENGTH = 100; // characters of it in /metrics
 const ORIGINS_KEPT = 500; // Origin headers are the clients' to invent
 const ORIGINS_SHOWN = 100; // series that a scrape can bear
 const ADDRESSES = 10_000; // addresses whose misses are counted
 const MISS_WINDOW_MS = 60_000;
 const SWEEP_MS = 6_000; // a dead phone is noticed before the party does
-const QUIET_MS = 1_000; // silent for longer than this at a sweep: pinged. 1 + 3 sweeps is under 20 s
+const QUIET_MS = 1_000; // silent for longer than this at a sweep: pinged. This and three sweeps are less than 20 s
 const SEARCHES = 64; // searches among siblings at once
 const SEARCHES_PER_ADDRESS = 8;
 const PROBES_AT_ONCE = 200; // requests to siblings; Bun's fetch runs 256 at once
 const SEARCH_MS = 1_000; // what a silent sibling may cost
 const NOWHERE_MS = 2_000; // how long a miss that all siblings confirmed is remembered
 const NOWHERE_CODES = 10_000; // such misses remembered at once
-const PEERS = 64; // machines of a cluster
+const MOST_PEERS = 64; // machines of a cluster
 const CLOSING_SECONDS = 5; // the end of a drain, over which rooms are closed
 const CLOSING_STEP_MS = 20;
 const FLUSH_MS = 500; // close frames behind a slow member's backlog get this long to leave
@@ -493,9 +494,9 @@ const CALL_WORK = 6; // of a system call: each frame to one socket is one; what 
 const SIT_WORK = 20; // of a member that sits down
 const WORK_PER_MS = 2_000; // units that a millisecond of handling is worth
 const TIMED_BYTES = 128; // from here on a frame is timed: parsing it may take far longer than its length says
-const PARSE_BYTES = 8; // for each of them a frame's time counts as one unit at most; the dearest text known takes one for 15
+const PARSE_BYTES = 8; // of a frame, for which its time counts as one unit at most; the dearest text known takes one for 15
 const TURN_WORK = 6_000; // that a turn is to do, shared by the rooms: some 3 ms
-const TURN_FRAMES = 8192; // that a turn reads before it holds flows that brought many: one read brings as many tiny ones, some 2 ms
+const TURN_FRAMES = 8192; // that a turn reads before it holds flows that bring many; a single read may bring as many, some 2 ms
 const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
 const TURN_SOCKETS = 256; // held ones that a turn reads on from at most
 const LEAST_SHARE = 500; // work that a room may do in a turn, however many rooms there are: 50 frames among 8 members
@@ -507,15 +508,15 @@ const REST_MS = 1.85; // how long a busy relay lets frames gather; with the time
 const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathered: no rest after it
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
-const LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
-const WITHHELD_MS = 12; // how much later than our own work explains a timer is if CPU is withheld: a competing process delays it less
+const CPU_LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
+const WITHHELD_MS = 12; // a timer that is later than this, by more than our own work, shows that CPU is withheld; a rival delays it less
 const AGAIN_MS = 250; // late once may be a hiccup; twice within this time, the machine sets a limit
 const KNOWN_WITHHELD_MS = 6; // the same in place of WITHHELD_MS, once it is known that the machine sets a limit
-const AT_LIMIT = 0.9; // to be late once is enough if more than this part of what is granted is used
+const AT_LIMIT = 0.9; // of what is granted: for who uses more, being late once is proof enough
 const WITHHELD_REST_MS = 4; // at first; then longer with each time that CPU is withheld
-const LONGER = 1.2; // times as long, each time
+const REST_GROWTH = 1.2; // times as long, each time
 const LONGEST_REST_MS = 9.5; // with the timer's own lateness under 10 ms
-const USE = 0.65; // of what the machine grants; some moments need more than others
+const USED_PART = 0.65; // of what the machine grants; some moments need more than others
 const USED_MS = 1_000; // over which the use of CPU is averaged
 const SETTLE_MS = 1_000; // in which the rest follows it
 const PATIENCE_MS = 2_000; // until a relay from which nothing was withheld tries to use more
@@ -533,7 +534,7 @@ const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
 const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
-const RELEASE_MS = 1_000; // for so long after the last hold each look reads on from as many as there is memory for; later only turns do
+const RELEASE_MS = 1_000; // after the last hold: till then each look reads on from as many as there is memory for, later only turns do
 const LOOK_SOCKETS = 32; // up to so many sockets are few: opened since the last look at memory, in one room, or of one address
 const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
@@ -580,6 +581,19 @@ export type Cluster = {
   /** Whether the proxy takes an upgrade to another machine if this one answers 503. */
   readonly triesNext: boolean;
 };
+
+/** The limits of which the log says that they are reached. */
+export const CAPS = [
+  "rooms",
+  "connections",
+  "memory",
+  "misses",
+  "searches",
+  "messages per second",
+  "buffered bytes",
+  "cpu", // the machine's
+] as const;
+export type Cap = (typeof CAPS)[number];
 
 /** Writes an event to the log: its name and what belongs to it. Never a clientId, never a payload. */
 export type Log = (event: string, fields: Record<string, string | number>) => void;
@@ -666,9 +680,9 @@ const DEFAULTS: Config = {
   addressHeader: undefined,
   log: logText,
   clock: systemClock,
-  knownPerRoom: 1000,
-  knownInAll: 100_000,
-  metricsMs: 1_000,
+  knownPerRoom: 1000, // a hall that went out for a moment
+  knownInAll: 100_000, // some 25 MB
+  metricsMs: 1_000, // no Prometheus asks more often
   memory: () => process.memoryUsage.rss(),
   cpuMs() {
     const { user, system } = process.cpuUsage();
@@ -704,7 +718,7 @@ export function configFromEnv(env: Record<string, string | undefined>): Config {
   };
   for (const name of LIMIT_NAMES) {
     const variable = name.replace(/[A-Z]/g, "_$&").toUpperCase();
-    config[name] = whole(variable, LIMITS[name], MOST[name] ?? MOST_BYTES);
+    config[name] = whole(variable, LIMITS[name], MOST[name] ?? LARGEST_LIMIT);
   }
   const { maxBufferedBytes, maxMessageBytes } = config;
   if (maxBufferedBytes !== 0 && maxMessageBytes !== 0 && maxBufferedBytes < 4 * maxMessageBytes)
@@ -771,7 +785,7 @@ function peerFaults(ids: ReadonlySet<string>, address: string, { instance, host,
     faults.push(
       `PEERS must list ids of at most 64 letters, digits, "-", "_" and ".", not ${odd.map((id) => JSON.stringify(id)).join(", ")}`,
     );
-  if (ids.size > PEERS) faults.push(`PEERS must list at most ${PEERS} ids, not ${ids.size}`);
+  if (ids.size > MOST_PEERS) faults.push(`PEERS must list at most ${MOST_PEERS} ids, not ${ids.size}`);
   if (!ids.has(instance)) faults.push(`INSTANCE_ID must be one of PEERS, not ${JSON.stringify(instance)}`);
   if (host === undefined)
     faults.push("HOST must be set if PEERS is: the address at which only nginx and the peers reach this relay");
@@ -796,7 +810,10 @@ function isHostAndPort(text: string): boolean {
 
 // ---- State -----------------------------------------------------------------------------------------------
 
-/** A place in a room. A socket is on it (`connected`), or none (`absent`, unless it is the host's). A barred one is absent, too. */
+/**
+ * A place in a room. If a socket sits on it, the room's `connected` has it. If none does, `absent` has it, barred or not, unless it is
+ * the host's: that one is never forgotten.
+ */
 type Slot = {
   readonly room: Room;
   readonly index: number;
@@ -832,20 +849,29 @@ class Room {
   /** Bytes broadcast so far. A member that wasn't heard from during many of them was too slow. */
   published = 0;
 
+  maxClients: number;
+  /** Seconds; 0: none. */
+  readonly linger: number;
+  /** Seconds; 0: none. */
+  readonly hostGrace: number;
+  readonly migrate: boolean;
+  readonly url: string | undefined;
+
   constructor(
     readonly relay: Relay,
     readonly code: string,
     readonly creator: Address,
     /** The creator's. */
     readonly origin: Origin,
-    readonly url: string | undefined,
-    public maxClients: number,
-    /** Seconds; 0: none. */
-    readonly linger: number,
-    /** Seconds; 0: none. */
-    readonly hostGrace: number,
-    readonly migrate: boolean,
-  ) {}
+    { maxClients, linger, hostGrace, migrate, url }: Message<"create">,
+  ) {
+    const { instance, defaultLingerSeconds, defaultHostGraceSeconds } = relay.config;
+    this.maxClients = maxClients;
+    this.linger = linger ?? defaultLingerSeconds;
+    this.hostGrace = hostGrace ?? defaultHostGraceSeconds;
+    this.migrate = migrate === true;
+    this.url = url === undefined ? undefined : fillUrl(url, code, instance);
+  }
 }
 
 /** What is known of a socket. */
@@ -898,11 +924,38 @@ class Address {
   readonly sockets = new Set<Socket>();
   /** How many of the present rooms it has created. */
   rooms = 0;
-  readonly lingering = new Lingering();
+  readonly lingering: Lingering;
   /** Slots with nobody on them in those rooms, the longest gone first; without the hosts'. */
   readonly absent = new Set<Slot>();
 
-  constructor(readonly key: string) {}
+  constructor(
+    readonly key: string,
+    { byLingering }: Relay,
+  ) {
+    this.lingering = new Lingering(this, byLingering);
+  }
+}
+
+/** Addresses by how many they have of something, so that who has the most is found without a look at all of them. */
+class Ranking {
+  /** Those who have none aren't in it. */
+  readonly #byCount = new Map<number, Set<Address>>();
+  #most = 0;
+
+  /** An address has got one more, or has one less. @param count what it has now */
+  change(address: Address, count: number, by: 1 | -1): void {
+    const before = this.#byCount.get(count - by);
+    if (before?.delete(address) && before.size === 0) this.#byCount.delete(count - by);
+    let equals = this.#byCount.get(count);
+    if (equals === undefined && count > 0) this.#byCount.set(count, (equals = new Set()));
+    equals?.add(address);
+    if (count > this.#most || !this.#byCount.has(this.#most)) this.#most = count;
+  }
+
+  /** One of those who have the most. */
+  get top(): Address | undefined {
+    return first(this.#byCount.get(this.#most) ?? []);
+  }
 }
 
 /** The rooms of one creator that nobody is connected to. */
@@ -910,18 +963,25 @@ class Lingering {
   size = 0;
   /** By how long they linger. As each is added when its countdown begins, the first of a set is the nearest to its end. */
   readonly #sets = new Map<number, Set<Room>>();
+  readonly #creator: Address;
+  readonly #ranking: Ranking;
+
+  constructor(creator: Address, ranking: Ranking) {
+    this.#creator = creator;
+    this.#ranking = ranking;
+  }
 
   add(room: Room): void {
     let set = this.#sets.get(room.linger);
     if (set === undefined) this.#sets.set(room.linger, (set = new Set()));
     set.add(room);
-    this.size++;
+    this.#ranking.change(this.#creator, ++this.size, 1);
   }
 
   delete(room: Room): void {
     const set = this.#sets.get(room.linger);
     if (!set?.delete(room)) return;
-    this.size--;
+    this.#ranking.change(this.#creator, --this.size, -1);
     if (set.size === 0) this.#sets.delete(room.linger);
   }
 
@@ -970,6 +1030,10 @@ class Relay {
   /** Sockets that have closed while frames of them waited; `sockets` doesn't have them any more. */
   readonly leaving = new Set<Socket>();
   readonly addresses = new Map<string, Address>();
+  /** By how many of the rooms that they have created linger. */
+  readonly byLingering = new Ranking();
+  /** By how many slots with nobody on them there are in those rooms. */
+  readonly byAbsent = new Ranking();
   readonly origins = new Map<string, Origin>();
   /** Slots with nobody on them in all rooms, without the hosts'. */
   remembered = 0;
@@ -982,7 +1046,7 @@ class Relay {
   readonly lookUpMisses: Misses;
   readonly socketMisses: Misses;
   readonly searches: Searches;
-  readonly capLogged = new Map<string, number>();
+  readonly capLogged = new Map<Cap, number>();
   lastAddress: { text: string; key: string | undefined } = { text: "", key: undefined };
   metricsText = { text: "", until: 0 };
   hasSeenForwarded = false;
@@ -1013,7 +1077,7 @@ class Relay {
 
   constructor(readonly config: Config) {
     this.startedAt = config.clock.now();
-    this.turns = new Turns(config, this);
+    this.turns = new Turns(this);
     this.memory = new Memory(this);
     this.lookUpMisses = new Misses(config);
     this.socketMisses = new Misses(config);
@@ -1024,7 +1088,7 @@ class Relay {
 /** The record of an address, made if there is none. */
 function addressOf(relay: Relay, key: string): Address {
   let address = relay.addresses.get(key);
-  if (address === undefined) relay.addresses.set(key, (address = new Address(key)));
+  if (address === undefined) relay.addresses.set(key, (address = new Address(key, relay)));
   return address;
 }
 
@@ -1053,7 +1117,7 @@ function dropFirst(map: Map<string, unknown>): void {
 }
 
 /** Says in the log that a limit is reached, once a minute for each. */
-function capReached(relay: Relay, cap: string): void {
+function capReached(relay: Relay, cap: Cap): void {
   const now = relay.config.clock.now();
   if (now < (relay.capLogged.get(cap) ?? 0)) return;
   relay.capLogged.set(cap, now + CAP_LOG_MS);
@@ -1071,6 +1135,7 @@ function delivered(relay: Relay, receivers: number, sent: number, frame: string)
   const bytes = sent > 0 ? sent : Buffer.byteLength(frame);
   relay.messagesOut += receivers;
   relay.bytesOut += bytes * receivers;
+  relay.memory.unlooked -= bytes * receivers;
   if (bytes < ALONE_BYTES) relay.turns.deliveries += receivers;
   relay.turns.work += receivers * (1 + bytes / WORK_BYTES);
   return bytes;
@@ -1112,6 +1177,7 @@ function hangUp(socket: Socket, code: number, reason: string): void {
 
 // ---- Slots: `sit` and `stand` are the only writers of who sits where -------------------------------------
 
+/** Puts a socket on a slot that nobody is on. Tells nobody. */
 function sit(socket: Socket, slot: Slot): void {
   const { room } = slot;
   const { relay } = room;
@@ -1129,6 +1195,7 @@ function sit(socket: Socket, slot: Slot): void {
   socket.subscribe(room.code);
 }
 
+/** Takes a socket off its slot. Tells nobody, and doesn't care what becomes of the slot or the room. */
 function stand(socket: Socket, slot: Slot, why: Disconnect): void {
   const { room } = slot;
   const { relay } = room;
@@ -1144,6 +1211,11 @@ function stand(socket: Socket, slot: Slot, why: Disconnect): void {
   if (relay.sockets.has(socket)) relay.roomless.add(socket);
 }
 
+/** Whether a member from an address sits in a room. */
+function sitsIn(room: Room, address: string): boolean {
+  return room.connected.values().some((socket) => socket.data.address === address);
+}
+
 /**
  * Keeps a slot for its clientId's return; a host's as long as the room lives. The longest gone is forgotten if there are too many:
  * in the room, or in the rooms of the address whose rooms remember the most.
@@ -1155,20 +1227,21 @@ function remember(slot: Slot): void {
   if (slot.index === room.host) return;
   room.absent.add(slot);
   creator.absent.add(slot);
+  relay.byAbsent.change(creator, creator.absent.size, 1);
   relay.remembered++;
   if (room.absent.size > knownPerRoom) forget(first(room.absent));
   if (relay.remembered <= knownInAll) return;
-  let most = creator;
-  for (const address of relay.addresses.values()) if (address.absent.size > most.absent.size) most = address;
-  forget(first(most.absent));
+  const { top = creator } = relay.byAbsent;
+  forget(first((top.absent.size > creator.absent.size ? top : creator).absent)); // nobody's own one more costs an equal
 }
 
 /** Takes a slot off the lists of those with nobody on them. */
 function unremember(slot: Slot): void {
-  const { room } = slot;
-  if (!room.absent.delete(slot)) return;
-  room.creator.absent.delete(slot);
-  room.relay.remembered--;
+  const { relay, creator, absent } = slot.room;
+  if (!absent.delete(slot)) return;
+  creator.absent.delete(slot);
+  relay.byAbsent.change(creator, creator.absent.size, -1);
+  relay.remembered--;
 }
 
 function forget(slot: Slot | undefined): void {
@@ -1239,6 +1312,26 @@ function migrateHost(room: Room): void {
   if (former !== undefined) remember(former);
   announce(room, { type: "host", index: room.host });
   settle(room);
+}
+
+/** Of the address that has created the most lingering rooms, the one that is nearest to its end. */
+function nearestToEnd(relay: Relay): Room | undefined {
+  return relay.byLingering.top?.lingering.nearest();
+}
+
+/** Makes the room that a `create` asks for, with nobody in it yet. */
+function openRoom({ relay, address, originName }: Session, message: Message<"create">): Room {
+  const { codeRegion } = relay.config;
+  let code = newCode(codeRegion);
+  while (relay.rooms.has(code)) code = newCode(codeRegion);
+  const room = new Room(relay, code, addressOf(relay, address), useOrigin(relay, originName), message);
+  relay.rooms.set(code, room);
+  relay.createdTotal++;
+  room.creator.rooms++;
+  room.origin.rooms++;
+  room.origin.created++;
+  relay.cancelIdle(); // the socket may have closed: what it sent before is handled all the same
+  return room;
 }
 
 /** Ends a room that nobody is connected to. */
@@ -1325,14 +1418,7 @@ function parseTargets(to: unknown): Send["to"] | null {
   if (to === undefined || isIndex(to)) return to;
   if (!Array.isArray(to)) return null;
   const targets = [...new Set<unknown>(to)];
-  return targets.length >= 1 && targets.length <= TARGETS && targets.every(isIndex) ? targets : null;
-}
-
-function tellDraining(socket: Socket): void {
-  const { stage, config } = socket.data.relay;
-  if (stage.name !== "draining") return;
-  const left = Math.max(0, stage.ends - config.clock.now());
-  say(socket, { type: "draining", seconds: Math.ceil(left / 1000) });
+  return targets.length >= 1 && targets.length <= SEND_TARGETS && targets.every(isIndex) ? targets : null;
 }
 
 /** Makes place for another room. @returns whether there is one */
@@ -1340,18 +1426,26 @@ function placeForRoom(relay: Relay): boolean {
   const { maxRooms } = relay.config;
   if (maxRooms === 0 || relay.rooms.size < maxRooms) return true;
   capReached(relay, "rooms");
-  let most: Lingering | undefined;
-  for (const { lingering } of relay.addresses.values()) if (lingering.size > (most?.size ?? 0)) most = lingering;
-  relay.turns.work += relay.addresses.size / 50; // looking at each of them is work, too
-  const nearest = most?.nearest();
-  if (nearest === undefined) return false;
-  dropRoom(nearest);
-  return true;
+  const room = nearestToEnd(relay);
+  if (room !== undefined) dropRoom(room);
+  return room !== undefined;
 }
 
-/** Whether a member from an address sits in a room. */
-function sitsIn(room: Room, address: string): boolean {
-  return room.connected.values().some((socket) => socket.data.address === address);
+/** The indices of a room's connected members, ascending. */
+function connectedIndices({ relay, slots, connected }: Room): number[] {
+  const indices: number[] = [];
+  relay.turns.work += slots.size / 50; // looking at each of them is work, too
+  for (const index of slots.keys()) if (connected.has(index)) indices.push(index);
+  return indices;
+}
+
+/** Tells who has sat down what there is to know of the room. */
+function welcome(socket: Socket, { room, index }: Slot, peers: number[], resumed: true | undefined): void {
+  const host = room.host || undefined;
+  const locked = room.locked || undefined;
+  say(socket, { type: "joined", room: room.code, index, peers, host, resumed, locked, url: room.url });
+  if (room.state !== undefined) write(socket, room.state);
+  tellDraining(socket);
 }
 
 const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
@@ -1361,27 +1455,15 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       const fault = clientIdFault(fields) ?? maxClientsFault(fields, config) ?? optionsFault(fields, config);
       return fault ?? (fields as Message<"create">);
     },
-    handle(socket, { clientId, maxClients, linger, hostGrace, migrate, url }) {
-      const { relay, slot, address, originName } = socket.data;
-      const { instance, region, codeRegion, defaultLingerSeconds, defaultHostGraceSeconds } = relay.config;
+    handle(socket, message) {
+      const { relay, slot } = socket.data;
+      const { instance, region } = relay.config;
       if (slot !== undefined) return refuse("already_in_room");
       if (relay.stage.name !== "serving") return refuse("draining");
       if (!placeForRoom(relay)) return refuse("capacity");
-      let code = newCode(codeRegion);
-      while (relay.rooms.has(code)) code = newCode(codeRegion);
-      const origin = useOrigin(relay, originName);
-      const creator = addressOf(relay, address);
-      const filled = url === undefined ? undefined : fillUrl(url, code, instance);
-      const wait = linger ?? defaultLingerSeconds;
-      const grace = hostGrace ?? defaultHostGraceSeconds;
-      const room = new Room(relay, code, creator, origin, filled, maxClients, wait, grace, migrate === true);
-      relay.rooms.set(code, room);
-      relay.createdTotal++;
-      creator.rooms++;
-      origin.rooms++;
-      origin.created++;
-      sit(socket, addSlot(room, clientId));
-      say(socket, { type: "created", room: code, instance, region, index: 0, url: filled });
+      const room = openRoom(socket.data, message);
+      sit(socket, addSlot(room, message.clientId));
+      say(socket, { type: "created", room: room.code, instance, region, index: 0, url: room.url });
     },
   },
 
@@ -1409,7 +1491,7 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         return refuse("room_not_found");
       }
       // A join is work of the room that it is for: it waits until that room's turn, and the room pays for it.
-      if (!turns.isUpToDate(room.flow)) return room.flow;
+      if (!turns.canTakeJoiner(room.flow)) return room.flow;
       turns.payFrom(room.flow);
       if (slot === undefined && claim !== undefined) {
         slot = slotOffered(room, claim);
@@ -1435,24 +1517,11 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         stand(old, slot, "replaced");
         hangUp(old, CloseCode.REPLACED, "replaced");
       }
-      const peers: number[] = [];
-      turns.work += room.slots.size / 50; // looking at each of them is work, too
-      for (const index of room.slots.keys()) if (room.connected.has(index)) peers.push(index);
+      const peers = connectedIndices(room);
       relay.joins[kind]++;
       sit(socket, slot);
       settle(room);
-      say(socket, {
-        type: "joined",
-        room: code,
-        index: slot.index,
-        peers,
-        host: room.host || undefined,
-        resumed,
-        locked: room.locked || undefined,
-        url: room.url,
-      });
-      if (room.state !== undefined) write(socket, room.state);
-      tellDraining(socket);
+      welcome(socket, slot, peers, resumed);
       if (kind !== "replaced") announce(room, { type: "peer_joined", index: slot.index, resumed }, socket);
     },
   },
@@ -1728,7 +1797,7 @@ class Turns {
   #billedAt = 0;
   /** When that was (clock time), if the frame in hand is timed. */
   #timedFrom: number | undefined;
-  /** The most work that its time from then on counts as. */
+  /** The most units of work that its time from then on may count as. */
   #mostTimed = 0;
   /** Flows that are behind, in rotation. */
   readonly #behind = new Set<Flow>();
@@ -1741,10 +1810,10 @@ class Turns {
   #cancelRefill: (() => void) | undefined;
   readonly #rest: Rest;
 
-  constructor(config: Config, relay: Relay) {
-    this.#config = config;
+  constructor(relay: Relay) {
+    this.#config = relay.config;
     this.#relay = relay;
-    this.#rest = new Rest(config, () => {
+    this.#rest = new Rest(relay.config, () => {
       capReached(relay, "cpu");
       this.#compileLess();
     });
@@ -1777,10 +1846,10 @@ class Turns {
   }
 
   /**
-   * Whether a room can take a joiner now. Either nothing of it waits, so that its members know who has left, and it has credit;
-   * or its turn has come: then its outbox is sent, and the joiner has waited.
+   * Whether a room can take a joiner now. It can if it has credit and nothing of it waits; and if it is the room's turn, for its
+   * outbox has been sent then. So no joiner hears of who went before it.
    */
-  isUpToDate(flow: Flow): boolean {
+  canTakeJoiner(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
   }
 
@@ -1884,7 +1953,7 @@ class Turns {
     flow.waiting.clear();
   }
 
-  /** Forgets the frames of a socket that wait. */
+  /** Forgets the frames of a socket that wait, and all that waits for it. */
   discard(socket: Socket): void {
     const session = socket.data;
     session.queue = undefined;
@@ -2137,9 +2206,9 @@ class Turns {
   }
 
   /**
-   * Keeps Bun's last compiler from what runs for each frame. It saves a full core 5 %. But a machine that grants 5 ms of CPU in each
-   * 80 ms has to compile with the same 5 ms: there the relay stood still for up to 150 ms at a time. This is for good, and for
-   * every relay of the process: Bun can't take it back.
+   * Keeps Bun's last compiler from what runs for each frame. It saves a full core some percent. But a machine that withholds CPU has
+   * to compile with the little that it grants, and meanwhile the relay stands still. This is for good, and for every relay of the
+   * process: Bun can't take it back.
    */
   #compileLess(): void {
     const { send, ping } = MESSAGES;
@@ -2169,7 +2238,7 @@ class Rest {
   /** How long frames gather because CPU is withheld. */
   #ms = 0;
   #isBusy = false;
-  /** Whether it looks each LOOK_MS: as long as there are turns, so that a quiet relay sleeps on. */
+  /** Whether it looks each CPU_LOOK_MS: as long as there are turns, so that a quiet relay sleeps on. */
   #isLooking = false;
   #hadTurn = false;
   /** `Turns.deliveries` at the end of the last turn. */
@@ -2213,8 +2282,8 @@ class Rest {
   #lookLater(now: number): void {
     this.#isLooking = true;
     this.#hadTurn = false;
-    const due = now + LOOK_MS;
-    this.#config.clock.after(LOOK_MS, () => {
+    const due = now + CPU_LOOK_MS;
+    this.#config.clock.after(CPU_LOOK_MS, () => {
       const now = this.#config.clock.now();
       this.#adapt(now, now - due - this.#ms);
       if (this.#hadTurn) this.#lookLater(now);
@@ -2246,7 +2315,7 @@ class Rest {
   #standStill(now: number): void {
     const { cpu } = this.#last;
     const since = now - this.#withheld.at;
-    if (since < LOOK_MS) return; // it was noticed already
+    if (since < CPU_LOOK_MS) return; // it was noticed already
     const between = since < AGAIN_MS ? (cpu - this.#withheld.cpu) / since : undefined;
     this.#withheld = { at: now, cpu };
     const isAtLimit = this.#granted !== undefined && this.#used > AT_LIMIT * this.#granted;
@@ -2254,13 +2323,13 @@ class Rest {
     if (since > this.#patienceMs) this.#patienceMs = Math.min(MOST_PATIENCE_MS, 2 * this.#patienceMs);
     if (this.#granted === undefined) this.#onWithheld();
     this.#granted = Math.max(between ?? 0, this.#used);
-    this.#ms = Math.min(LONGEST_REST_MS, Math.max(WITHHELD_REST_MS, LONGER * this.#ms));
+    this.#ms = Math.min(LONGEST_REST_MS, Math.max(WITHHELD_REST_MS, REST_GROWTH * this.#ms));
   }
 
   /** Makes the rest longer or shorter, so that the use of CPU becomes the wanted part of what is granted. */
   #follow(granted: number, now: number, since: number): void {
     const trial = Math.max(0, now - this.#withheld.at - this.#patienceMs) / TRIAL_MS;
-    const wanted = (USE + (1 - USE) * trial ** 2) * granted;
+    const wanted = (USED_PART + (1 - USED_PART) * trial ** 2) * granted;
     const ms = Math.max(1, this.#ms) * (this.#used / wanted) ** (since / SETTLE_MS);
     this.#ms = ms <= 1 ? 0 : Math.min(LONGEST_REST_MS, ms);
     this.#granted = Math.max(granted, this.#used);
@@ -2297,7 +2366,7 @@ function opened(socket: Socket): void {
   relay.roomless.add(socket);
 }
 
-function turnAway(socket: Socket, cap: string): void {
+function turnAway(socket: Socket, cap: Cap): void {
   const { relay } = socket.data;
   capReached(relay, cap);
   relay.errors.capacity++;
@@ -2350,10 +2419,10 @@ function gone(socket: Socket, code: number): void {
   if (slot === undefined) return;
   const { maxBufferedBytes } = relay.config;
   // Bun reports a cut for backpressure like any loss. Who wasn't heard from while a whole buffer was published was too slow.
-  const isBehind = maxBufferedBytes !== 0 && slot.room.published - heardBytes >= maxBufferedBytes;
+  const wasTooSlow = maxBufferedBytes !== 0 && slot.room.published - heardBytes >= maxBufferedBytes;
   if (code !== NO_CLOSE_FRAME) return depart(socket, slot, "left");
-  if (isBehind && !cut) capReached(relay, "buffered bytes");
-  depart(socket, slot, isBehind || cut ? "slow" : "lost");
+  if (wasTooSlow && !cut) capReached(relay, "buffered bytes");
+  depart(socket, slot, wasTooSlow || cut ? "slow" : "lost");
 }
 
 /**
@@ -2415,6 +2484,8 @@ function repeat(relay: Relay, ms: number, run: () => void): void {
 class Memory {
   /** Memory is above the limit: newcomers are turned away. */
   isShort = false;
+  /** Bytes that may still be sent before it looks again. Frames out take off what they deliver. */
+  unlooked = Infinity;
   readonly #relay: Relay;
   /** What the process needs by itself. */
   readonly #base: number;
@@ -2424,14 +2495,12 @@ class Memory {
   #collectedAt = -Infinity;
   /** When sockets were last held because memory was short (clock time). */
   #heldAt = -Infinity;
-  #lookAtBytesOut = Infinity;
   #lookAtSockets = Infinity;
   #cancelNext = () => {};
 
   constructor(relay: Relay) {
     this.#relay = relay;
     this.#base = this.used();
-    this.look();
   }
 
   /** Bytes that the process occupies; as before, if the system doesn't say: that takes a descriptor, and all may be in use. */
@@ -2446,10 +2515,10 @@ class Memory {
 
   /** Looks if the frames sent since the last look could have filled a good part of what was left then. */
   lookIfMuchWasSent(): void {
-    if (this.#relay.bytesOut > this.#lookAtBytesOut) this.look();
+    if (this.unlooked < 0) this.look();
   }
 
-  /** Looks if more than a few have been opened since the last look, and unfinished messages of all could fill what was left then. */
+  /** Looks if so many sockets are open that unfinished messages on all of them could fill what was left at the last look. */
   lookIfManyOpened(): void {
     if (this.#relay.sockets.size >= this.#lookAtSockets) this.look();
   }
@@ -2471,7 +2540,7 @@ class Memory {
       used = this.used();
     }
     this.isShort = used > limit;
-    this.#lookAtBytesOut = this.#relay.bytesOut + Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
+    this.unlooked = Math.max(LOOK_LEAST_BYTES, (limit - used) / 4);
     const fit = maxMessageBytes === 0 ? 0 : (limit - used) / Math.max(maxMessageBytes, SOCKET_BYTES);
     this.#lookAtSockets = Math.max(this.#relay.sockets.size + LOOK_SOCKETS, fit);
     const freed = this.#cuts.reduce((sum, { bytes, until }) => sum + (until > now ? bytes : 0), 0);
@@ -2507,50 +2576,48 @@ class Memory {
 
   /** Cuts until an excess is covered. @returns how many bytes that should free */
   #cut(excess: number, used: number): number {
-    const relay = this.#relay;
+    capReached(this.#relay, "memory");
     let freed = 0;
-    const cut = (socket: Socket, bytes: number) => {
+    for (const { bytes, end } of this.#victims(() => used - freed)) {
+      if (freed >= excess) break;
       freed += bytes;
-      socket.data.cut = true;
-      socket.terminate();
-    };
-    capReached(relay, "memory");
-    for (const { data } of [...relay.leaving]) {
-      if (freed >= excess) return freed;
-      freed += FRAME_BYTES * (data.queue?.length ?? 0);
-      data.goodbye?.leave();
-    }
-    const byLingering = [...relay.addresses.values()].sort((a, b) => b.lingering.size - a.lingering.size);
-    for (const { lingering } of byLingering)
-      for (let room = lingering.nearest(); room !== undefined; room = lingering.nearest()) {
-        if (freed >= excess) return freed;
-        freed += ROOM_BYTES + (room.state?.length ?? 0) + SLOT_BYTES * room.known.size;
-        dropRoom(room);
-      }
-    const unsent = [...relay.sockets].map((socket) => ({ socket, bytes: socket.getBufferedAmount() }));
-    for (const { socket, bytes } of unsent.sort((a, b) => b.bytes - a.bytes)) {
-      if (freed >= excess) return freed;
-      if (bytes <= UNSENT_BYTES) break;
-      cut(socket, bytes);
-    }
-    /** What one socket holds on average that is in no figure. */
-    const average = () => Math.max(SOCKET_BYTES, (used - this.#base - freed) / Math.max(1, relay.sockets.size));
-    for (const socket of [...relay.roomless]) {
-      if (freed >= excess) return freed;
-      cut(socket, average());
-    }
-    const { maxMessageBytes } = relay.config;
-    const queued = relay.sockets.values().reduce((sum, { data }) => sum + FRAME_BYTES * (data.queue?.length ?? 0), 0);
-    while (freed < excess && relay.sockets.size > 0) {
-      // More than members can hold isn't theirs: it is still falling, or the process's own.
-      if (maxMessageBytes !== 0 && average() > 2 * maxMessageBytes + queued / relay.sockets.size) return freed;
-      const [most] = [...relay.addresses.values()].sort((a, b) => b.sockets.size - a.sockets.size);
-      for (const socket of [...(most?.sockets ?? [])]) {
-        if (freed >= excess) return freed;
-        cut(socket, average());
-      }
+      end();
     }
     return freed;
+  }
+
+  /** What may go, in the order in which it does. Each is to be ended before the next is asked for. @param used what will be left then */
+  *#victims(used: () => number): Generator<{ bytes: number; end(): void }> {
+    const relay = this.#relay;
+    const cut = (socket: Socket, bytes: number) => ({
+      bytes,
+      end() {
+        socket.data.cut = true;
+        socket.terminate();
+      },
+    });
+    for (const { data } of [...relay.leaving]) {
+      const bytes = data.queue?.reduce((sum, frame) => sum + FRAME_BYTES + frame.length, 0) ?? 0;
+      yield { bytes, end: () => data.goodbye?.leave() };
+    }
+    for (let room = nearestToEnd(relay); room !== undefined; room = nearestToEnd(relay)) {
+      const ending = room;
+      const bytes = ROOM_BYTES + (room.state?.length ?? 0) + SLOT_BYTES * room.known.size;
+      yield { bytes, end: () => dropRoom(ending) };
+    }
+    const unsent = [...relay.sockets].map((socket) => ({ socket, bytes: socket.getBufferedAmount() }));
+    for (const { socket, bytes } of unsent.sort((a, b) => b.bytes - a.bytes)) if (bytes > UNSENT_BYTES) yield cut(socket, bytes);
+    /** What a socket holds on average by the memory of the process: unfinished messages show nowhere else. */
+    const average = () => Math.max(SOCKET_BYTES, (used() - this.#base) / Math.max(1, relay.sockets.size));
+    for (const socket of [...relay.roomless]) yield cut(socket, average());
+    const { maxMessageBytes } = relay.config;
+    const queued = relay.sockets.values().reduce((sum, { data }) => sum + FRAME_BYTES * (data.queue?.length ?? 0), 0);
+    while (relay.sockets.size > 0) {
+      // If the average is more than a member can hold, the rest isn't the members': it is still falling, or the process's own.
+      if (maxMessageBytes !== 0 && average() > 2 * maxMessageBytes + queued / relay.sockets.size) return;
+      const [most] = [...relay.addresses.values()].sort((a, b) => b.sockets.size - a.sockets.size);
+      for (const socket of [...(most?.sockets ?? [])]) yield cut(socket, average());
+    }
   }
 }
 
@@ -2650,7 +2717,7 @@ function codeIn(path: string, cluster: Cluster | undefined): string | undefined 
   return lookedUp(path) ?? (cluster?.regionOf(code) === undefined ? undefined : code);
 }
 
-/** A part of a query that is called `instance`, each letter plain or percent-encoded. (To parse thousands of parts takes 3 ms.) */
+/** A part of a query that is called `instance`, each letter plain or percent-encoded. To parse all parts of a long query would take 3 ms. */
 const PIN = /^(?:i|%69)(?:n|%6[eE])(?:s|%73)(?:t|%74)(?:a|%61)(?:n|%6[eE])(?:c|%63)(?:e|%65)(?:=|$)/;
 const partsOf = (query: string): string[] => query.slice(1).split("&");
 
@@ -2934,7 +3001,7 @@ const OTHER_ORIGINS = "__other__";
 function byOrigin(relay: Relay, key: Exclude<keyof Origin, "name">, total: number): Sample[] {
   const cut = new Map<string, { count: number; connections: number }>(); // those that are cut to the same text are one
   for (const origin of relay.origins.values()) {
-    const name = origin.name.slice(0, ORIGIN_SHOWN);
+    const name = origin.name.slice(0, ORIGIN_SHOWN_LENGTH);
     if (name === OTHER_ORIGINS) continue; // somebody sent just that
     const { count, connections } = cut.get(name) ?? { count: 0, connections: 0 };
     cut.set(name, { count: count + origin[key], connections: connections + origin.connections });
@@ -3189,6 +3256,14 @@ function drain(relay: Relay): void {
   clock.after(ends - closingMs - begun, () => closeEvenly(relay, ends - closingMs, closingMs));
 }
 
+/** Tells a socket how long a drain will still last, if there is one. */
+function tellDraining(socket: Socket): void {
+  const { stage, config } = socket.data.relay;
+  if (stage.name !== "draining") return;
+  const left = Math.max(0, stage.ends - config.clock.now());
+  say(socket, { type: "draining", seconds: Math.ceil(left / 1000) });
+}
+
 /** Closes rooms one after another, so that their members don't all come back together; empty ones linger to the end. */
 function closeEvenly(relay: Relay, begins: number, ms: number): void {
   const { clock } = relay.config;
@@ -3254,6 +3329,8 @@ export function startRelay(options: Partial<Config> = {}): RelayHandle {
   const config = { ...DEFAULTS, ...options };
   const relay = new Relay(config);
   relay.server = listen(relay);
+  withoutFTL(runOnceAMember());
+  relay.memory.look();
   repeat(relay, SWEEP_MS, () => sweep(relay));
   watchLag(relay);
   watchIdle(relay);
@@ -3291,7 +3368,7 @@ function listen(relay: Relay): Server<Session> {
       return reply(500, { error: "Internal error" });
     },
     websocket: {
-      maxPayloadLength: config.maxMessageBytes || MOST_BYTES,
+      maxPayloadLength: config.maxMessageBytes || LARGEST_LIMIT,
       backpressureLimit: config.maxBufferedBytes,
       closeOnBackpressureLimit: true, // rather than drop frames in silence
       idleTimeout: 0, // every send would restart it; `sweep` does this
@@ -3330,15 +3407,20 @@ function warnOfDescriptors({ maxConnections, log }: Config): void {
     log("few descriptors", { limit: descriptors, needed, hint: "raise `ulimit -n`, or lower MAX_CONNECTIONS" });
 }
 
-/** Keeps Bun's last compiler (FTL) from functions. It compiles once more what has run some seven thousand times. */
+/** What runs once for each member. Bun's last compiler took 20 ms of CPU for these when the seven thousandth had connected. */
+function runOnceAMember(): ((...args: never[]) => unknown)[] {
+  const { canTakeJoiner, discard } = Turns.prototype;
+  const { join } = MESSAGES;
+  return [
+    ...[knownKey, opened, addressOf, useOrigin, parseObject, join.parse, Misses.prototype.isOver, canTakeJoiner, addSlot],
+    ...[unremember, settle, Memory.prototype.lookIfManyOpened, discard, releaseAddress, watchIdle],
+  ];
+}
+
+/** Keeps Bun's last compiler (FTL) from functions, for good. It compiles once more what has run some seven thousand times. */
 function withoutFTL(functions: readonly ((...args: never[]) => unknown)[]): void {
   for (const each of functions) noFTL(each as () => void);
 }
-
-// What runs once for each member isn't worth that compiler: it took 20 ms of CPU for these when the seven thousandth had connected.
-withoutFTL([knownKey, opened, addressOf, useOrigin, parseObject, MESSAGES.join.parse, Misses.prototype.isOver]);
-withoutFTL([Turns.prototype.isUpToDate, addSlot, unremember, settle, Memory.prototype.lookIfManyOpened]);
-withoutFTL([Turns.prototype.discard, releaseAddress, watchIdle]);
 
 /** The limits that differ from their defaults. */
 function changedLimits(config: Config): Record<string, number> {

@@ -3,7 +3,7 @@ import { describe, expect, test } from "bun:test";
 import { existsSync } from "node:fs";
 import { cp } from "node:fs/promises";
 import { dirname, join } from "node:path";
-import { CloseCode, ConfigError, configFromEnv } from "../server.ts";
+import { CAPS, CloseCode, ConfigError, configFromEnv } from "../server.ts";
 import { openPage, whyNoBrowser } from "./shared/browser.ts";
 import { temporaryDirectory } from "./shared/directory.ts";
 import { parseMetrics, scrape } from "./shared/metrics.ts";
@@ -191,6 +191,11 @@ test("clients.md: every refusal has its row", async () => {
 });
 
 describe("operators.md", () => {
+  test("names every cap that the log may say is reached", () => {
+    const [, row] = /^\| `cap reached` +\|(.*)$/m.exec(section(operators, "The log")) ?? [];
+    expect([...(row ?? "").matchAll(/`([^`]+)`/g)].map(([, cap]) => cap as string)).toEqual(["cap", ...CAPS]);
+  });
+
   test("has every series of /metrics", async () => {
     await using relay = testRelay();
     const names = [...(await scrape(relay.url)).matchAll(/^# TYPE (\S+)/gm)].map(([, name]) => name as string);

@@ -19,6 +19,9 @@ async function sits(url: string, room: string, clientId: string): Promise<RawSoc
   return raw;
 }
 
+/** A close frame with code 1000, as a page sends that hangs up. */
+const farewell = () => clientFrame(Buffer.from([0x03, 0xe8]), { opcode: 8 });
+
 /** Numbered messages of a flood. */
 const numbered = (n: number) => Array.from({ length: n }, (_, data) => ({ type: "send", data }));
 const upTo = (n: number) => Array.from({ length: n }, (_, i) => i);
@@ -217,8 +220,6 @@ describe("a flooder", () => {
     expect(await vitals(at.relay.url)).toMatchObject({ rooms: 1, clients: 1 });
   });
 
-  /** A close frame with code 1000, as a page sends that hangs up. */
-  const farewell = () => clientFrame(Buffer.from([0x03, 0xe8]), { opcode: 8 });
   const burstOf = (n: number) => Buffer.concat(numbered(n).map((message) => clientFrame(Buffer.from(JSON.stringify(message)))));
 
   test("that closes properly is heard to the end at the rate, and holds its place till then", async () => {
@@ -310,6 +311,20 @@ describe("a flooder", () => {
     let messages = 0;
     for (let { type } = await at.peer.next(); type !== "peer_left"; { type } = await at.peer.next()) messages++;
     expect(messages).toBeLessThanOrEqual((TICK_MS * RATE) / 1000); // what the rate allowed meanwhile
+  });
+
+  test("that creates a room and closes while it is paused keeps an idle relay from ending", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ clock, maxMessagesPerSecond: 1, idleExitSeconds: 10 });
+    const screen = await RawSocket.open(relay.url);
+    const create = { type: "create", clientId: "screen", maxClients: 2, linger: 300 };
+    const frames = [{ type: "ping" }, { type: "ping" }, create].map((each) => clientFrame(JSON.stringify(each)));
+    screen.write(Buffer.concat([...frames, farewell()])); // in one read: the create waits for a token
+    await screen.closed;
+    clock.advance(3_000);
+    expect(await vitals(relay.url)).toMatchObject({ rooms: 1, clients: 0 });
+    clock.advance(20_000);
+    expect(await vitals(relay.url)).toMatchObject({ rooms: 1 });
   });
 
   test("that says goodbye while it is paused is not heard beyond what ends its socket", async () => {
@@ -495,6 +510,22 @@ describe("a relay that is short of memory", () => {
     );
     expect(statuses).toEqual([200, 404, 200, 200, 200]); // the nearest to its end
     expect(await roomless.soFar()).toEqual([]);
+  });
+
+  test("lets what sockets left behind that have closed go before that, and counts all its bytes", async () => {
+    await using at = await scene();
+    const screen = await at.open("2.2.2.2");
+    const lingering = await screen.create(2, "x", { linger: 300 });
+    await screen.close();
+    const gone = await RawSocket.open(at.relay.url);
+    const ping = clientFrame("", { opcode: 9 });
+    gone.write(Buffer.concat([clientFrame(`"${"x".repeat(250_000)}`, { fin: false }), ping]));
+    expect((await gone.nextFrame())?.opcode).toBe(10);
+    const pings = Array<Buffer>(399).fill(ping); // the rest of the burst: what comes after them waits
+    gone.write(Buffer.concat([...pings, clientFrame('"', { opcode: 0 }), farewell()]));
+    await gone.closed;
+    at.exceed(200_000);
+    expect((await fetch(`${at.relay.url}/room/${lingering}`)).status).toBe(200);
   });
 
   test("then terminates sockets in no room, the longest so first, then members of the address with the most sockets", async () => {

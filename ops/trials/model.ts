@@ -186,8 +186,8 @@ class Model {
   tokens: string[] = [];
   readonly #lookUpMisses = new Misses();
   readonly #socketMisses = new Misses();
-  /** Addresses with a socket or a room, the longest here first; and some that have neither any more. */
-  readonly #addresses = new Set<string>();
+  /** How many absent slots there are in the rooms that an address has created; first the one whose number changed longest ago. */
+  readonly #absent = new Map<string, number>();
   /** Slots that went to another clientId. */
   claimed = 0;
   /** Slots that were forgotten for their number: in one room, and in all. */
@@ -218,15 +218,13 @@ class Model {
 
   open(originHeader: string | undefined, address: string): Twin {
     const twin = new Twin(originHeader?.slice(0, ORIGIN_LENGTH) ?? "unknown", address);
-    const isHere = (one: { address: string }) => one.address === address;
-    if (![...this.twins, ...this.rooms.values()].some(isHere)) this.#addresses.delete(address); // it comes anew
-    this.#addresses.add(address);
     this.twins.add(twin);
     return twin;
   }
 
   /** The client closed the socket, or it was lost. */
   lose(twin: Twin): void {
+    this.#countAbsent();
     this.twins.delete(twin);
     if (twin.slot !== undefined) this.#depart(twin.slot);
     this.#endIfDrained();
@@ -234,6 +232,7 @@ class Model {
 
   handle(twin: Twin, { text, data }: Sent): void {
     if (twin.closed !== undefined) return;
+    this.#countAbsent();
     this.read++;
     const fields = typeof text === "string" ? parse(text) : undefined;
     const refusal = fields === undefined ? "Invalid JSON" : this.#act(twin, fields, data ?? "");
@@ -246,6 +245,7 @@ class Model {
     this.now += ms;
     const due = (time: number | undefined) => time !== undefined && time <= this.now;
     for (const room of this.rooms.values()) {
+      this.#countAbsent();
       if (due(room.lingersUntil)) this.rooms.delete(room.code);
       if (!due(room.graceUntil)) continue;
       if (room.migrate) this.#setHost(room, room.connected[0]!.index);
@@ -319,19 +319,32 @@ class Model {
     const drop = (slots: Slot[]) => {
       const slot = slots.reduce((a, b) => (a.vacantSince <= b.vacantSince ? a : b));
       delete slot.room.slots[slot.index];
+      this.#countAbsent();
     };
+    this.#countAbsent();
     const absent = room.slots.filter((slot) => slot.absent);
     if (absent.length > CONFIG.knownPerRoom) {
       drop(absent);
       this.forgotten.inRoom++;
     }
-    // Of addresses that have equally many, the room's own counts first, then who has been here longest.
-    const byAddress = new Map<string, Slot[]>([room.address, ...this.#addresses].map((address) => [address, []]));
-    for (const { address, slots } of this.rooms.values()) byAddress.get(address)?.push(...slots.filter((slot) => slot.absent));
-    const all = [...byAddress.values()];
-    if (all.reduce((sum, { length }) => sum + length, 0) <= CONFIG.knownInAll) return;
-    drop(all.reduce((most, slots) => (slots.length > most.length ? slots : most)));
+    if ([...this.#absent.values()].reduce((sum, each) => sum + each, 0) <= CONFIG.knownInAll) return;
+    // Of addresses that have equally many, the room's own counts first, then the one that has had so many for longest.
+    const own: [string, number] = [room.address, this.#absent.get(room.address) ?? 0];
+    const [most] = [own, ...this.#absent].reduce((most, each) => (each[1] > most[1] ? each : most));
+    const rooms = [...this.rooms.values()].filter(({ address }) => address === most);
+    drop(rooms.flatMap(({ slots }) => slots.filter((slot) => slot.absent)));
     this.forgotten.inAll++;
+  }
+
+  #countAbsent(): void {
+    const counts = new Map<string, number>([...this.#absent.keys()].map((address) => [address, 0]));
+    for (const { address, slots } of this.rooms.values())
+      counts.set(address, (counts.get(address) ?? 0) + slots.filter((slot) => slot.absent).length);
+    for (const [address, count] of counts) {
+      if (this.#absent.get(address) === count) continue;
+      this.#absent.delete(address);
+      if (count > 0) this.#absent.set(address, count);
+    }
   }
 
   #closeRoom(room: Room, code: number, reason: string): void {
