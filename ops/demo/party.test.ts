@@ -247,7 +247,7 @@ describe("entering a room", () => {
     expect(world.socket.sent[0].type).toBe("create");
   });
 
-  test("joins the room that it was in where none is named, and throws without any", () => {
+  test("joins the room that it was in if none is named, and throws without any", () => {
     const { world } = joinedWorld();
     world.connect({});
     expect(world.socket.url).toEndWith(`/${CODE}`);
@@ -260,7 +260,7 @@ describe("entering a room", () => {
     expect(world.socket.url).toBe(`wss://games.example/relay/${CODE}?key=1`);
   });
 
-  test("works where the browser blocks storage", () => {
+  test("works if the browser blocks storage", () => {
     const world = new World();
     Object.defineProperty(world.env, "sessionStorage", {
       get() {
@@ -407,7 +407,7 @@ describe("after a loss", () => {
     expect(world.wait()).toBe(250);
   });
 
-  test.each([1008, 1012, 1013])("doesn't hurry where the relay closed with %d", (code) => {
+  test.each([1008, 1012, 1013])("doesn't hurry if the relay closed with %d", (code) => {
     const { world } = joinedWorld();
     world.socket.end(code);
     for (const event of ["offline", "online", "visible", "pageshow"] as const) world.say(event);
@@ -449,7 +449,7 @@ describe("close codes", () => {
     }
   });
 
-  test("the room is remembered after 4000, where another tab has the slot, and forgotten after 4001 and 4002", () => {
+  test("the room is remembered after 4000, as another tab has the slot, and forgotten after 4001 and 4002", () => {
     for (const code of [4000, 4001, 4002]) {
       const { world } = joinedWorld();
       world.socket.end(code);

@@ -504,7 +504,7 @@ describe.skipIf(reason !== null)(`twenty relays in one region${skipped}`, () => 
 describe("the command", () => {
   const command = [process.execPath, "run", `${import.meta.dir}/start.ts`];
 
-  test("says what is missing where it can't run, and exits 1", async () => {
+  test("says what is missing if it can't run, and exits 1", async () => {
     const { exitCode, stderr } = await run(command, { env: { PATH: "/nowhere" } });
     expect(stderr).toContain("fly-local can't run: ");
     expect(exitCode).toBe(1);
