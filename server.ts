@@ -1860,10 +1860,12 @@ class Turns {
     this.work += CALL_WORK * receivers;
   }
 
-  /** Charges what is left to do of the frame in hand to another flow than its socket's. */
-  payFrom(flow: Flow): void {
+  /** Charges what is done from now on to a flow, or to nobody. @returns who has paid until now */
+  payFrom(flow: Flow | undefined): Flow | undefined {
     this.#bill();
+    const before = this.#payer;
     this.#payer = flow;
+    return before;
   }
 
   /**
@@ -1889,12 +1891,9 @@ class Turns {
     const { flow } = room;
     this.#wake();
     if (flow.outbox.length > 0 || !this.#hasCredit(flow)) return this.publishLater(room, frameOf(message));
-    const payer = this.#payer;
-    this.#bill();
-    this.#payer = flow;
+    const payer = this.payFrom(flow);
     announce(room, message);
-    this.#bill();
-    this.#payer = payer;
+    this.payFrom(payer);
   }
 
   /** Sends a frame to a room's members when it is the room's turn, before anything else is handled for the room. */
@@ -2064,8 +2063,7 @@ class Turns {
   /** Sends what a room's members are to get first. A large frame waits while memory that was freed is still falling. */
   #sendOutbox(room: Room): void {
     const { flow } = room;
-    this.#payer = flow;
-    this.#billedAt = this.work;
+    this.payFrom(flow);
     while (this.#hasCredit(flow)) {
       const [broadcast] = flow.outbox;
       if (broadcast === undefined || (broadcast.remaining !== undefined && this.#relay.memory.isFalling)) break;
@@ -2076,7 +2074,7 @@ class Turns {
       if (remaining === undefined || remaining.length === 0) flow.outbox.shift();
       this.#bill();
     }
-    this.#payer = undefined;
+    this.payFrom(undefined);
   }
 
   /**
@@ -2112,8 +2110,8 @@ class Turns {
 
   #handle(socket: Socket, frame: string | Buffer, flow: Flow): void {
     let waitsFor: Flow | undefined;
-    this.#payer = flow;
-    this.#billedAt = this.work++;
+    this.payFrom(flow);
+    this.work++;
     if (frame.length >= TIMED_BYTES) {
       this.#timedFrom = this.#config.clock.now();
       this.#mostTimed = frame.length / PARSE_BYTES;
@@ -2123,9 +2121,8 @@ class Turns {
     } catch (error) {
       crashed(socket, error);
     }
-    this.#bill();
+    this.payFrom(undefined);
     this.#timedFrom = undefined;
-    this.#payer = undefined;
     if (waitsFor !== undefined) return this.#wait(socket, frame, waitsFor);
     this.#takeToken(socket);
   }
@@ -2218,7 +2215,16 @@ class Turns {
     withoutFTL([memberText, skipBetween, skipValue, parseTargets, isIndex, isWhole]);
     withoutFTL([publish, publishNow, write, delivered, messageFrame, first, take, isEmpty]);
     withoutFTL([this.now, this.received, this.countCalls, this.publishLater, this.#wake, this.#takeIn, this.#takeToken]);
-    withoutFTL([this.#begin, this.#end, this.#hasCredit, this.#mayHandle, this.#handle, this.#bill, this.#sendOutbox]);
+    withoutFTL([
+      this.#begin,
+      this.#end,
+      this.#hasCredit,
+      this.#mayHandle,
+      this.#handle,
+      this.payFrom,
+      this.#bill,
+      this.#sendOutbox,
+    ]);
     withoutFTL([this.#wait, this.#pause, this.#enqueue, this.#serve, this.#goOn, this.#peek, this.#endPeek]);
     withoutFTL([this.#rest.after, this.#config.clock.now]);
   }
