@@ -682,7 +682,7 @@ const DEFAULTS: Config = {
   clock: systemClock,
   knownPerRoom: 1000, // a hall that went out for a moment
   knownInAll: 100_000, // some 25 MB
-  metricsMs: 1_000, // no Prometheus asks more often
+  metricsMs: 1_000, // oftener than Prometheus asks
   memory: () => process.memoryUsage.rss(),
   cpuMs() {
     const { user, system } = process.cpuUsage();
@@ -2215,18 +2215,9 @@ class Turns {
     withoutFTL([memberText, skipBetween, skipValue, parseTargets, isIndex, isWhole]);
     withoutFTL([publish, publishNow, write, delivered, messageFrame, first, take, isEmpty]);
     withoutFTL([this.now, this.received, this.countCalls, this.publishLater, this.#wake, this.#takeIn, this.#takeToken]);
-    withoutFTL([
-      this.#begin,
-      this.#end,
-      this.#hasCredit,
-      this.#mayHandle,
-      this.#handle,
-      this.payFrom,
-      this.#bill,
-      this.#sendOutbox,
-    ]);
+    withoutFTL([this.#begin, this.#end, this.#hasCredit, this.#mayHandle, this.#handle, this.payFrom, this.#bill]);
     withoutFTL([this.#wait, this.#pause, this.#enqueue, this.#serve, this.#goOn, this.#peek, this.#endPeek]);
-    withoutFTL([this.#rest.after, this.#config.clock.now]);
+    withoutFTL([this.#sendOutbox, this.#rest.after, this.#config.clock.now]);
   }
 }
 
@@ -2592,7 +2583,10 @@ class Memory {
     return freed;
   }
 
-  /** What may go, in the order in which it does. Each is to be ended before the next is asked for. @param used what will be left then */
+  /**
+   * What may go, in the order in which it does. Each is to be ended before the next is asked for.
+   * @param used bytes that are left when those before have gone
+   */
   *#victims(used: () => number): Generator<{ bytes: number; end(): void }> {
     const relay = this.#relay;
     const cut = (socket: Socket, bytes: number) => ({
