@@ -146,6 +146,23 @@ describe("create", () => {
       expect(await (await p.open()).join(p.room, "b")).toMatchObject({ url });
       expect(await (await p.get(`/room/${p.room}`)).json()).toMatchObject({ url });
     });
+    test("is in created, or refused, whatever the code is that stands in its host's name", async () => {
+      await using relay = testRelay({ maxMessagesPerSecond: 0 });
+      const client = await Client.open(relay.url);
+      const answers: unknown[] = [];
+      for (let i = 0; i < 100; i++) {
+        const { room, type, message, url } = await client.ask({
+          ...{ type: "create", clientId: "a", maxClients: 2 },
+          url: "https://%4{room}.example/", // an escape if the code begins with a hexadecimal digit
+        });
+        answers.push(type);
+        if (type === "error") expect(message).toStartWith("url must be");
+        else
+          expect(url).toBe(`https://${String.fromCharCode(parseInt(`4${room[0]}`, 16))}${room.slice(1)}.example/`.toLowerCase());
+        if (type === "created") await client.ask({ type: "leave" });
+      }
+      expect(new Set(answers)).toEqual(new Set(["created", "error"]));
+    });
     test("is filled in percent-encoded", async () => {
       expect(await make("https://x.io/?i={instance}")).toMatchObject({ url: "https://x.io/?i=m%201" });
     });
@@ -1632,6 +1649,11 @@ describe("route", () => {
       { path: "/\\/\\evil.example", query: "?instance=other", ...back },
       { redirect: "/evil.example" },
     ],
+    [
+      "a stale pin with what no header can have",
+      { path: "/中", query: "?é\ud800&instance=other", ...back },
+      { redirect: "/%E4%B8%AD?%C3%A9%EF%BF%BD" },
+    ],
     ["a replayed pin that upgrades", { query: "?instance=other", replayed: true, upgrade: true }, "here"],
     ["health", { path: "/health" }, "here"],
     ["a code of this region that is here", { path: `/room/${local}` }, "here"],
@@ -1645,6 +1667,7 @@ describe("route", () => {
     ["a code that names no row", { path: `/room/${nowhere}` }, "here"],
     ["a sibling's question", { path: `/room/${here}`, probe: true }, "here"],
     ["a sibling's question about another region", { path: `/room/${away}`, probe: true }, "here"],
+    ["a sibling's question with a pin", { path: `/room/${away}`, query: "?instance=other", probe: true }, "here"],
     ["something longer", { path: `/${away}/x` }, "here"],
     ["alone a pin", { query: "?instance=other" }, "here", alone],
     ["alone a code", { path: `/room/${away}` }, "here", alone],

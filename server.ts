@@ -1319,11 +1319,14 @@ function nearestToEnd(relay: Relay): Room | undefined {
   return relay.byLingering.top?.lingering.nearest();
 }
 
-/** Makes the room that a `create` asks for, with nobody in it yet. */
-function openRoom({ relay, address, originName }: Session, message: Message<"create">): Room {
-  const { codeRegion } = relay.config;
+function unusedCode({ rooms, config: { codeRegion } }: Relay): string {
   let code = newCode(codeRegion);
-  while (relay.rooms.has(code)) code = newCode(codeRegion);
+  while (rooms.has(code)) code = newCode(codeRegion);
+  return code;
+}
+
+/** Makes the room that a `create` asks for, with nobody in it yet. */
+function openRoom({ relay, address, originName }: Session, code: string, message: Message<"create">): Room {
   const room = new Room(relay, code, addressOf(relay, address), useOrigin(relay, originName), message);
   relay.rooms.set(code, room);
   relay.createdTotal++;
@@ -1401,9 +1404,12 @@ function optionsFault({ linger, hostGrace, migrate, url }: Fields, config: Confi
   if (url === undefined) return undefined;
   if (typeof url !== "string") return badRequest("url must be a string");
   if (Buffer.byteLength(url) > URL_BYTES) return badRequest(`url must be at most ${URL_BYTES} bytes`);
-  if (fillUrl(url, "111111", config.instance) === undefined)
-    return badRequest("url must be an absolute https URL with no braces but {room} and {instance}");
-  return undefined;
+  return urlFault(url, "1zzzzz", config); // any code
+}
+
+function urlFault(url: string, room: string, { instance }: Config): Refusal | undefined {
+  if (fillUrl(url, room, instance) !== undefined) return undefined;
+  return badRequest("url must be an absolute https URL with no braces but {room} and {instance}");
 }
 
 /** The controller page's address, or undefined if the template doesn't give an absolute https URL. */
@@ -1460,8 +1466,11 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
       const { instance, region } = relay.config;
       if (slot !== undefined) return refuse("already_in_room");
       if (relay.stage.name !== "serving") return refuse("draining");
+      const code = unusedCode(relay);
+      const fault = message.url === undefined ? undefined : urlFault(message.url, code, relay.config);
+      if (fault !== undefined) return fault; // a code in the host's name may not go with what stands around it
       if (!placeForRoom(relay)) return refuse("capacity");
-      const room = openRoom(socket.data, message);
+      const room = openRoom(socket.data, code, message);
       sit(socket, addSlot(room, message.clientId));
       say(socket, { type: "created", room: room.code, instance, region, index: 0, url: room.url });
     },
@@ -2721,6 +2730,9 @@ function codeIn(path: string, cluster: Cluster | undefined): string | undefined 
 const PIN = /^(?:i|%69)(?:n|%6[eE])(?:s|%73)(?:t|%74)(?:a|%61)(?:n|%6[eE])(?:c|%63)(?:e|%65)(?:=|$)/;
 const partsOf = (query: string): string[] => query.slice(1).split("&");
 
+/** Percent-encodes what can't stand in a header. Bun does so itself, but not if the Host header is nonsense. */
+const headerSafe = (text: string): string => text.toWellFormed().replace(/[^\x21-\x7e]/gu, encodeURIComponent);
+
 /** The machine that a query pins, if it can be one. */
 function pinIn(query: string, cluster: Cluster | undefined): string | undefined {
   const pin = new URLSearchParams(partsOf(query).find((part) => PIN.test(part))).get("instance");
@@ -2736,16 +2748,16 @@ export function route(
   { cluster, instance }: Pick<Config, "cluster" | "instance">,
   hasRoom: (code: string) => boolean,
 ): Route {
-  if (cluster === undefined) return "here";
+  if (cluster === undefined || probe) return "here";
   const pin = pinIn(query, cluster);
   if (pin !== undefined && pin !== instance) {
     if (!replayed) return { instance: pin };
     if (upgrade) return "here"; // its join says what is wrong
     const rest = partsOf(query).filter((part) => !PIN.test(part));
     const target = path.replace(/^[/\\]+/, "/"); // `//host` would lead to another site
-    return { redirect: rest.length > 0 ? `${target}?${rest.join("&")}` : target };
+    return { redirect: headerSafe(rest.length > 0 ? `${target}?${rest.join("&")}` : target) };
   }
-  if (path === "/health" || path === "/metrics" || probe) return "here";
+  if (path === "/health" || path === "/metrics") return "here";
   const code = codeIn(path, cluster);
   const region = code === undefined ? undefined : cluster.regionOf(code);
   if (code === undefined || region === undefined || failed || hasRoom(code)) return "here";
@@ -3159,14 +3171,16 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
 
   const decision = route({ path, query, upgrade, replayed, failed, probe }, relay.config, (code) => relay.rooms.has(code));
   const code = codeIn(path, cluster);
+  /** The room that an upgrade is for: `/room/…` may end in anything. */
+  const wanted = code === undefined || cluster?.regionOf(code) === undefined ? undefined : code;
   const here = () =>
     upgrade
-      ? takeUpgrade(relay, request, server, address, probe ? undefined : code)
+      ? takeUpgrade(relay, request, server, address, probe ? undefined : wanted)
       : serve(relay, path, code, probe ? undefined : address);
   if (cluster === undefined || decision === "here") {
     // A socket that asks for no room and no machine is as well off on another one.
     const sendsAway = cluster?.triesNext === true && relay.stage.name === "draining";
-    if (upgrade && sendsAway && code === undefined && pinIn(query, cluster) === undefined)
+    if (upgrade && sendsAway && wanted === undefined && pinIn(query, cluster) === undefined)
       return reply(503, { error: "Draining" });
     return here();
   }

@@ -3,7 +3,7 @@
  * its own if its memory or its end matters. About 5 s.
  */
 import { describe, expect, test } from "bun:test";
-import { type ClientMessage, configFromEnv } from "../server.ts";
+import { type ClientMessage, configFromEnv, nginxCluster, type Siblings } from "../server.ts";
 import { Client, type Frame } from "./shared/client.ts";
 import { readMetric, vitals } from "./shared/metrics.ts";
 import { RelayProcess } from "./shared/processes.ts";
@@ -660,6 +660,26 @@ describe("HTTP that no browser sends", () => {
     "CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n",
     "TRACE / HTTP/1.1\r\nHost: x\r\n\r\n",
   ];
+  const alone: Siblings = { list: () => Promise.resolve([]), has: () => Promise.resolve(false) };
+  const behindNginx = { cluster: nginxCluster(new Set(["me", "peer"]), alone), instance: "me" };
+  for (const host of ["x", "[", "a b", ""])
+    test(`behind nginx, a stale pin with a raw path and the host ${JSON.stringify(host)} is led to the path itself`, async () => {
+      await using relay = testRelay(behindNginx);
+      const answer = await answerTo(relay.url, `GET /中?instance=peer HTTP/1.1\r\nHost: ${host}\r\nX-Relay-Src: 1\r\n\r\n`);
+      expect(answer).toStartWith("HTTP/1.1 302 ");
+      expect(answer).toContain("\r\nLocation: /%E4%B8%AD\r\n");
+    });
+
+  test("behind nginx, a relay that drains takes upgrades for codes and to itself, and sends all others to the next with 503", async () => {
+    await using relay = testRelay({ ...behindNginx, drainSeconds: 100 });
+    const host = await Client.open(relay.url);
+    const room = await host.create();
+    void relay.drain();
+    for (const path of ["/", "/foo", "/room/hello", "/room/", "/?instance=nobody"])
+      await expect(RawSocket.open(relay.url, path)).rejects.toThrow("refused: HTTP/1.1 503 ");
+    for (const path of [`/${room}`, `/room/${room}`, "/?instance=me"]) (await RawSocket.open(relay.url, path)).end();
+  });
+
   for (const request of requests)
     test(`${JSON.stringify(request.slice(0, 60))} gets an answer that is neither a 500 nor HTML`, async () => {
       await using relay = testRelay();
