@@ -3,6 +3,7 @@ import { Client } from "./ops/shared/client.ts";
 import { readMetric } from "./ops/shared/metrics.ts";
 import { Random } from "./ops/shared/random.ts";
 import { TestClock, testRelay } from "./ops/shared/relay.ts";
+import { until } from "./ops/shared/wait.ts";
 import { encodeCode, newCode, regionOf, REGIONS } from "./regions.ts";
 import type { ClientMessage, Config, Incoming, Route, Siblings } from "./server.ts";
 import {
@@ -18,6 +19,9 @@ import {
   systemClock,
   VERSION,
 } from "./server.ts";
+
+/** A wait ends before the test's own 5 s, so that it says what it waited for. */
+const SOON_MS = 4_000;
 
 /** A relay with a room of which `host` is the creator and `guests` the others, all greetings read. */
 async function party(guests: number, overrides: Partial<Config> = {}, options: object = {}) {
@@ -943,14 +947,14 @@ describe("the operator's defaults", () => {
     const clock = new TestClock();
     await using p = await party(0, { clock, defaultLingerSeconds: 20 });
     await p.host.close();
-    while ((await (await p.get("/")).text()) !== "rooms: 1\nclients: 0\n") await Bun.sleep(1);
+    await until("the room to be empty", async () => (await (await p.get("/")).text()) === "rooms: 1\nclients: 0\n", SOON_MS);
     clock.advance(19_000);
     const host = await p.open();
     expect(await host.join(p.room, "host")).toMatchObject({ resumed: true });
     const second = await p.open();
     const gone = await second.create(2, "second", { linger: 0 });
     await second.close();
-    while ((await p.get(`/room/${gone}`)).status !== 404) await Bun.sleep(1);
+    await until("the room to be gone", async () => (await p.get(`/room/${gone}`)).status === 404, SOON_MS);
   });
   test("hostGrace: closes the room, or with migrate hands the role on; 0 asks for none", async () => {
     const clock = new TestClock();
@@ -1563,7 +1567,7 @@ describe("stopping", () => {
     const ended = p.relay.drain();
     await p.host.next();
     await p.host.close();
-    while ((await (await p.get("/")).text()) !== "rooms: 1\nclients: 0\n") await Bun.sleep(1);
+    await until("the room to be empty", async () => (await (await p.get("/")).text()) === "rooms: 1\nclients: 0\n", SOON_MS);
     clock.advance(10_500);
     expect(await ended).toBe("drained");
   });
@@ -1766,7 +1770,7 @@ describe("siblings", () => {
       await using relay = testRelay({ ...fly(siblings), clock });
       const before = clock.pending;
       const answer = look(relay.url, `/room/${newCode("fra")}`);
-      while (clock.pending === before) await Bun.sleep(1);
+      await until("the search to begin", () => clock.pending > before, SOON_MS);
       clock.advance(1_000);
       expect((await answer).status).toBe(404);
       expect(clock.pending).toBe(before);
@@ -1787,7 +1791,7 @@ describe("siblings", () => {
     const answers = Array.from({ length: 64 }, (_, i) =>
       look(relay.url, `/room/${newCode("fra")}`, { "Fly-Client-IP": `1.1.1.${i % 8}` }),
     );
-    while (clock.pending < before + 64) await Bun.sleep(1);
+    await until("64 searches to begin", () => clock.pending >= before + 64, SOON_MS);
     clock.advance(1_000);
     for (const answer of await Promise.all(answers)) expect(answer.status).toBe(404);
     expect((await look(relay.url, `/room/${wanted}`)).headers.get("fly-replay")).toStartWith("instance=d;");
@@ -1801,7 +1805,7 @@ describe("siblings", () => {
     for (let address = 1; address <= 8; address++)
       for (let i = 0; i < 8; i++)
         waiting.push(look(relay.url, `/room/${newCode("fra")}`, { "Fly-Client-IP": `1.1.1.${address}` }));
-    while (clock.pending < before + 64) await Bun.sleep(1);
+    await until("64 searches to begin", () => clock.pending >= before + 64, SOON_MS);
     for (const address of ["1.1.1.1", "2.2.2.2"]) {
       const busy = await look(relay.url, `/room/${newCode("fra")}`, { "Fly-Client-IP": address });
       expect([busy.status, busy.headers.get("retry-after")]).toEqual([503, "1"]);
@@ -1819,7 +1823,7 @@ describe("siblings", () => {
     const before = clock.pending;
     for (const _ of [1, 2]) {
       const answers = [1, 2, 3].map(status);
-      while (clock.pending < before + 3) await Bun.sleep(1);
+      await until("3 searches to begin", () => clock.pending >= before + 3, SOON_MS);
       clock.advance(1_000);
       expect(await Promise.all(answers)).toEqual([404, 404, 404]);
     }
@@ -1889,7 +1893,7 @@ describe("siblings", () => {
     await using relay = testRelay({ ...fly(siblings), clock, maxMissesPerMinute: 5 });
     const before = clock.pending;
     const searching = Array.from({ length: 8 }, () => look(relay.url, `/room/${newCode("fra")}`));
-    while (clock.pending < before + 8) await Bun.sleep(1);
+    await until("8 searches to begin", () => clock.pending >= before + 8, SOON_MS);
     const statuses: number[] = [];
     for (let i = 0; i < 7; i++) statuses.push((await look(relay.url, `/room/${newCode("fra")}`)).status);
     expect(statuses).toEqual([503, 503, 503, 503, 503, 429, 429]);
