@@ -486,6 +486,7 @@ const FLUSH_MS = 500; // close frames behind a slow member's backlog get this lo
 const LAG_MS = 500; // how often the event loop's lag is sampled
 const LAG_SAMPLES = 30; // 15 s of them: what a scrape every 15 s sees of the worst
 const CAP_LOG_MS = 60_000;
+const DESCRIPTORS_BESIDE = 300; // beside the sockets: for requests over HTTP and to siblings, and the process itself
 
 // A unit of work is one frame handled or delivered, or 2 KiB of it: about half a microsecond.
 const WORK_BYTES = 2048;
@@ -1767,6 +1768,37 @@ class Flow {
   }
 }
 
+/** Sockets that aren't read from, because their flow has brought much or memory is short. */
+class Held {
+  /** The flows in rotation. A socket that goes takes itself out of its set. */
+  readonly #sockets = new Map<Flow, Set<Socket>>();
+
+  get isEmpty(): boolean {
+    return this.#sockets.size === 0;
+  }
+
+  add(socket: Socket): void {
+    const session = socket.data;
+    session.heldIn = this.#sockets.get(session.flow) ?? new Set();
+    session.heldIn.add(socket);
+    this.#sockets.set(session.flow, session.heldIn);
+  }
+
+  /** Takes a socket of the flow that is next. */
+  take(): Socket | undefined {
+    for (const [flow, sockets] of this.#sockets) {
+      this.#sockets.delete(flow);
+      const socket = first(sockets);
+      if (socket === undefined) continue; // all of them have gone
+      sockets.delete(socket);
+      socket.data.heldIn = undefined;
+      if (sockets.size > 0) this.#sockets.set(flow, sockets);
+      return socket;
+    }
+    return undefined;
+  }
+}
+
 /**
  * The turns of the event loop. In each one the relay reads all sockets that have something, and a frame is handled as it is read
  * if its socket's bucket has a token and its flow has credit. Else the frame waits in the socket's queue, and the socket is
@@ -1812,8 +1844,7 @@ class Turns {
   readonly #behind = new Set<Flow>();
   /** Sockets whose bucket was empty. */
   readonly #empty = new Set<Socket>();
-  /** Sockets that aren't read from, because their flow has brought much or memory is short; the flows in rotation. */
-  readonly #held = new Map<Flow, Set<Socket>>();
+  readonly #held = new Held();
   /** How many of them the next turn reads on from: one after a turn in which a flow was held, and then twice as many with each turn. */
   #readFrom = TURN_SOCKETS;
   #cancelRefill: (() => void) | undefined;
@@ -1917,29 +1948,19 @@ class Turns {
 
   /** Reads no more from these sockets. */
   hold(sockets: Iterable<Socket>): void {
-    for (const socket of sockets) {
-      const session = socket.data;
-      if (session.queue !== undefined) {
-        this.#endPeek(socket);
-        continue;
+    for (const socket of sockets)
+      if (socket.data.queue !== undefined) this.#endPeek(socket);
+      else {
+        this.#pause(socket);
+        this.#held.add(socket);
       }
-      this.#pause(socket);
-      session.heldIn = this.#held.get(session.flow) ?? new Set();
-      session.heldIn.add(socket);
-      this.#held.set(session.flow, session.heldIn);
-    }
   }
 
   /** Reads on from so many that are held: one of each flow in rotation. */
   release(most: number): void {
-    for (let n = 0; n < most && this.isHolding; n++) {
-      const [flow, sockets] = first(this.#held) as [Flow, Set<Socket>];
-      const socket = first(sockets);
-      this.#held.delete(flow);
-      if (socket === undefined) continue; // all have gone meanwhile
-      sockets.delete(socket);
-      socket.data.heldIn = undefined;
-      if (sockets.size > 0) this.#held.set(flow, sockets);
+    for (let n = 0; n < most; n++) {
+      const socket = this.#held.take();
+      if (socket === undefined) return;
       this.#goOn(socket);
     }
   }
@@ -1950,7 +1971,7 @@ class Turns {
   }
 
   get isHolding(): boolean {
-    return this.#held.size > 0;
+    return !this.#held.isEmpty;
   }
 
   /** Lets go of a room that is over. Sockets that waited to join it wait for their own flow instead, and are told so then. */
@@ -3404,8 +3425,6 @@ function listen(relay: Relay): Server<Session> {
     throw new ConfigError([`Port ${config.port}${where} ${reason}`], config.log);
   }
 }
-
-const DESCRIPTORS_BESIDE = 300; // for requests over HTTP and to siblings, and the process itself
 
 /** Says in the log if the system gives this process fewer descriptors than the sockets that it may have. */
 function warnOfDescriptors({ maxConnections, log }: Config): void {
