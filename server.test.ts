@@ -514,6 +514,12 @@ describe("send", () => {
     for (let i = 0; i < 100; i++) expect(await p.host.next()).toEqual({ type: "message", from: 1, data: i });
     expect(await p.host.next()).toEqual({ type: "peer_left", index: 1 });
   });
+  test("to 64 slots is the most that is taken", async () => {
+    await using p = await party(1);
+    const to = Array.from({ length: 64 }, (_, i) => i + 1);
+    expect(await p.host.ask({ type: "send", data: 1, to })).toMatchObject({ missing: to.slice(1) });
+    expect(await p.guest.soFar()).toEqual([{ type: "message", from: 0, data: 1 }]);
+  });
 });
 
 function parses(text: string): boolean {
@@ -1070,6 +1076,26 @@ describe("hostGrace", () => {
     clock.advance(1_000);
     expect((await guest.closed).code).toBe(4001);
   });
+  test("with migrate makes the lowest slot host, however late it came back", async () => {
+    const clock = new TestClock();
+    await using p = await party(2, { clock }, { hostGrace: 10, migrate: true });
+    const again = await p.open();
+    await again.join(p.room, "guest-1"); // the newest socket
+    await p.host.close();
+    for (const member of [again, p.second]) expect(await member.next()).toEqual({ type: "peer_left", index: 0 });
+    clock.advance(10_000);
+    for (const member of [again, p.second]) expect(await member.next()).toEqual({ type: "host", index: 1 });
+  });
+  test("is nobody's any more when the room is over", async () => {
+    const clock = new TestClock();
+    await using p = await party(1, { clock }, { hostGrace: 10, migrate: true });
+    await p.host.close();
+    await p.guest.next();
+    await p.guest.ask({ type: "leave" });
+    await p.guest.create();
+    clock.advance(10_000); // a countdown that went on would throw here
+    expect(await readMetric(p.relay.url, "party_sockets_rooms_by_origin")).toEqual({ unknown: 1 });
+  });
 });
 
 describe("HTTP", () => {
@@ -1126,6 +1152,18 @@ describe("HTTP", () => {
     await using relay = testRelay();
     for (const path of ["/", "/health", "/room/x", "/%"])
       expect(await (await Client.open(relay.url + path)).create()).toHaveLength(6);
+  });
+  test("a preflight allows what a page may want to ask", async () => {
+    await using relay = testRelay();
+    const { headers } = await fetch(`${relay.url}/room/zzzzzz`, { method: "OPTIONS" });
+    expect(headers.get("access-control-allow-methods")).toBe("GET, HEAD, OPTIONS");
+    expect(headers.get("access-control-allow-headers")).toBe("*");
+  });
+
+  test("is served at HOST, and nowhere else", async () => {
+    await using relay = testRelay({ host: "127.0.0.2" });
+    expect((await fetch(`${relay.url}/health`)).status).toBe(200);
+    expect(await fetch(`http://127.0.0.1:${relay.port}/health`).catch(() => "refused")).toBe("refused");
   });
 });
 
@@ -1217,6 +1255,11 @@ describe("misses", () => {
     expect(addressKey("1:2:3:4:5:6:7:8:9")).toBeUndefined();
     expect(addressKey("nonsense")).toBeUndefined();
   });
+  test("count for who says to be a sibling of a relay that has none", async () => {
+    await using relay = testRelay({ maxMissesPerMinute: 1 });
+    const look = async () => (await fetch(`${relay.url}/room/zzzzzz`, { headers: { "X-Party-Probe": "1" } })).status;
+    expect([await look(), await look()]).toEqual([404, 429]);
+  });
 });
 
 describe("an address", () => {
@@ -1230,6 +1273,20 @@ describe("an address", () => {
     for (const from of ["::ffff:192.0.2.1", "192.0.2.1"]) await look(from);
     expect(await look("::FFFF:c000:201")).toBe(429);
     expect(await look("::ffff:192.0.2.2")).toBe(404);
+  });
+  test("that is none in the proxy's header is the connection's own", async () => {
+    await using relay = testRelay({ addressHeader: "X-Forwarded-For", maxMissesPerMinute: 1 });
+    const look = async (headers: Record<string, string>) =>
+      (await fetch(`http://127.0.0.1:${relay.port}/room/zzzzzz`, { headers })).status;
+    expect(await look({})).toBe(404);
+    for (const named of ["unknown", "1.1.1.1, unknown"]) expect(await look({ "X-Forwarded-For": named })).toBe(429);
+    expect(await look({ "X-Forwarded-For": "1.1.1.1" })).toBe(404);
+  });
+  test("in a header that isn't used is mentioned in the log, once", async () => {
+    const events: string[] = [];
+    await using relay = testRelay({ log: (event) => events.push(event) });
+    for (const address of ["1.1.1.1", "2.2.2.2"]) await fetch(relay.url, { headers: { "X-Forwarded-For": address } });
+    expect(events).toEqual(["address header ignored"]);
   });
 });
 
@@ -1446,6 +1503,46 @@ describe("caps", () => {
     const guesser = await Client.open(relay.url);
     for (let n = 0; n < 300; n++) expect(await guesser.join("111111", "x")).toMatchObject({ code: "room_not_found" });
   });
+  test("a lingering room that gave way is over once: its time ends nothing any more", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ maxRooms: 1, clock });
+    const screen = await Client.open(relay.url);
+    await screen.create(2, "host", { linger: 5 });
+    await screen.close();
+    const other = await Client.open(relay.url);
+    await until("the room to be empty", async () => (await (await fetch(relay.url)).text()).includes("clients: 0"), SOON_MS);
+    await other.create();
+    clock.advance(5_000);
+    expect(await readMetric(relay.url, "party_sockets_rooms_by_origin")).toEqual({ unknown: 1 });
+  });
+  test("are logged once a minute while they are reached", async () => {
+    const clock = new TestClock();
+    const logged: string[] = [];
+    await using relay = testRelay({ clock, maxRooms: 1, log: (event, { cap }) => logged.push(`${event}: ${cap}`) });
+    await (await Client.open(relay.url)).create();
+    for (const times of [1, 2]) {
+      const late = await Client.open(relay.url);
+      for (const _ of [1, 2])
+        expect(await late.ask({ type: "create", clientId: "a", maxClients: 2 })).toMatchObject({ code: "capacity" });
+      expect(logged).toEqual(Array(times).fill("cap reached: rooms"));
+      const { now } = clock;
+      clock.now = () => now.call(clock) + 60_000;
+    }
+  });
+  test("of misses and of unsent bytes are logged, too", async () => {
+    const caps: unknown[] = [];
+    const log: Config["log"] = (event, { cap }) => event === "cap reached" && caps.push(cap);
+    const clock = new TestClock(); // by which memory stays as it is
+    await using p = await party(1, { clock, maxMissesPerMinute: 1, maxBufferedBytes: 40_000, maxMessageBytes: 10_000, log });
+    const guesser = await p.open();
+    for (const code of ["room_not_found", "too_many_attempts"]) expect(await guesser.join("zzzzzz", "a")).toMatchObject({ code });
+    expect(caps).toEqual(["misses"]);
+    for (let n = 0; n < 5; n++) p.host.send({ type: "send", data: "x".repeat(9_000) });
+    await p.host.soFar();
+    p.guest.terminate(); // not heard from while a whole buffer was sent: it looks like a cut
+    expect(await p.host.next()).toMatchObject({ type: "peer_left" });
+    expect(caps).toEqual(["misses", "buffered bytes"]);
+  });
 });
 
 describe("stopping", () => {
@@ -1588,6 +1685,57 @@ describe("stopping", () => {
     clock.advance(1);
     expect(await p.relay.ended).toBe("idle");
   });
+  test("a create in a drain is refused before it makes place: it costs no lingering room", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, maxRooms: 1 }, { linger: 300 });
+    await p.host.close();
+    const late = await p.open();
+    await until("the room to be empty", async () => (await (await p.get("/")).text()) === "rooms: 1\nclients: 0\n", SOON_MS);
+    void p.relay.drain();
+    await late.next();
+    expect(await late.ask({ type: "create", clientId: "a", maxClients: 2 })).toEqual(error("Server draining", "draining"));
+    expect((await p.get(`/room/${p.room}`)).status).toBe(200);
+  });
+  test("a create in a drain by who is in a room is refused for that", async () => {
+    await using p = await party(0, { clock: new TestClock() });
+    void p.relay.drain();
+    await p.host.next();
+    expect(await p.host.ask({ type: "create", clientId: "a", maxClients: 2 })).toMatchObject({ code: "already_in_room" });
+  });
+  test("closes rooms in the last five seconds of a long drain", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ clock, drainSeconds: 16 });
+    for (let n = 0; n < 5; n++) await (await Client.open(relay.url)).create();
+    void relay.drain();
+    const rooms = async () => (await (await fetch(relay.url)).text()).split("\n")[0];
+    clock.advance(11_900);
+    expect(await rooms()).toBe("rooms: 5");
+    clock.advance(120);
+    expect(await rooms()).toBe("rooms: 4");
+  });
+  test("IDLE_EXIT_SECONDS: a socket keeps it running without a room", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ clock, idleExitSeconds: 10 });
+    const roomless = await Client.open(relay.url);
+    clock.advance(11_000);
+    expect(await roomless.create()).toHaveLength(6);
+  });
+  test("IDLE_EXIT_SECONDS: begins when the last room that lingered is over", async () => {
+    const clock = new TestClock();
+    await using p = await party(0, { clock, idleExitSeconds: 10 }, { linger: 30 });
+    await p.host.close();
+    await until("the room to be empty", async () => (await (await p.get("/")).text()) === "rooms: 1\nclients: 0\n", SOON_MS);
+    clock.advance(39_999);
+    expect((await p.get("/health")).status).toBe(200);
+    clock.advance(1);
+    expect(await p.relay.ended).toBe("idle");
+  });
+  test("lets go of the port, so that a program that embeds it can start another", async () => {
+    const relay = testRelay();
+    await relay.drain();
+    await using again = testRelay({ port: relay.port });
+    expect((await fetch(`${again.url}/health`)).status).toBe(200);
+  });
 });
 
 describe("room codes", () => {
@@ -1607,6 +1755,11 @@ describe("room codes", () => {
   test("the table is append-only: 18 rows in their places", () => {
     expect(REGIONS.join(" ")).toBe("ams arn bom cdg dfw ewr fra gru iad jnb lax lhr nrt ord sin sjc syd yyz");
     expect(REGIONS.length).toBeLessThanOrEqual(32); // what five bits can name
+  });
+  test("have 30 random bits below the region's", () => {
+    // Those of the first row are below 2^30, which is 1.6 times what a first character stands for.
+    const first = Array.from({ length: 300 }, () => newCode("ams").charAt(0));
+    expect(new Set(first)).toEqual(new Set(["1", "2"]));
   });
 });
 
@@ -1918,6 +2071,107 @@ describe("siblings", () => {
       { id: "c", region: "fra" },
     ]);
   });
+  test("at most 200 are asked at once; the others have their turn when those have answered", async () => {
+    const waiting: (() => void)[] = [];
+    let most = 0;
+    const siblings: Siblings = {
+      list: () => Promise.resolve(Array.from({ length: 30 }, (_, i) => `m${i}`)),
+      async has() {
+        await new Promise<void>((resolve) => (most = Math.max(most, waiting.push(resolve))));
+        return false;
+      },
+    };
+    await using relay = testRelay({ ...fly(siblings), clock: new TestClock() });
+    const looks = Array.from({ length: 8 }, () => look(relay.url, `/room/${newCode("fra")}`));
+    for (const next of [200, 40]) {
+      await until(`${next} requests`, () => waiting.length >= next, SOON_MS);
+      for (const answer of waiting.splice(0)) answer();
+    }
+    for (const answer of await Promise.all(looks)) expect(answer.status).toBe(404);
+    expect(most).toBe(200);
+  });
+  test("an upgrade that gets no search counts with the sockets", async () => {
+    const { siblings } = stub({ a: "silent" });
+    const clock = new TestClock();
+    await using relay = testRelay({ ...fly(siblings), clock, maxMissesPerMinute: 3 });
+    const guest = await Client.open(relay.url, { "Fly-Client-IP": "1.1.1.1" });
+    const before = clock.pending;
+    const searching = Array.from({ length: 8 }, () => look(relay.url, `/room/${newCode("fra")}`));
+    await until("8 searches to begin", () => clock.pending >= before + 8, SOON_MS);
+    const upgrade = { Upgrade: "websocket", Connection: "Upgrade" };
+    for (let i = 0; i < 3; i++) expect((await look(relay.url, `/${newCode("fra")}`, upgrade)).status).toBe(503);
+    expect(await guest.join("zzzzzz", "b")).toMatchObject({ code: "too_many_attempts" });
+    expect((await look(relay.url, `/room/${newCode("fra")}`)).status).toBe(503); // look-ups are counted apart
+    clock.advance(1_000);
+    await Promise.all(searching);
+  });
+});
+
+describe("behind nginx", () => {
+  /** A relay with one peer, which answers as told. */
+  async function pair(status: () => number) {
+    const asked: (string | null)[] = [];
+    const peer = Bun.serve({
+      port: 0,
+      hostname: "127.0.0.1",
+      fetch({ headers }) {
+        asked.push(headers.get("x-party-probe"));
+        return new Response("", { status: status() });
+      },
+    });
+    const id = `${peer.port}`;
+    const env = { PEERS: `1,${id}`, INSTANCE_ID: "1", HOST: "127.0.0.1", PEER_ADDRESS: "127.0.0.1:{id}" };
+    const { cluster, instance } = configFromEnv(env);
+    const clock = new TestClock();
+    const relay = testRelay({ cluster, instance, clock });
+    return {
+      ...{ asked, id, relay, clock },
+      get: (path: string) => fetch(relay.url + path, { redirect: "manual" }),
+      upgrade: async (path: string) => {
+        const headers = { Upgrade: "websocket", Connection: "Upgrade" };
+        const key = { "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==" };
+        return (await fetch(relay.url + path, { headers: { ...headers, ...key } })).status;
+      },
+      async [Symbol.asyncDispose]() {
+        await relay[Symbol.asyncDispose]();
+        await peer.stop(true);
+      },
+    };
+  }
+
+  test("a peer is asked as a peer, once, and nobody else is", async () => {
+    await using at = await pair(() => 404);
+    const code = newCode(undefined);
+    for (let i = 0; i < 2; i++) expect((await at.get(`/room/${code}`)).status).toBe(404);
+    expect(at.asked).toEqual(["1"]);
+    expect(await readMetric(at.relay.url, "party_sockets_probes_total")).toEqual({ found: 0, missing: 1, failed: 0 });
+  });
+  test("a peer that answers neither yes nor no hasn't said that the room isn't there", async () => {
+    let status = 503;
+    await using at = await pair(() => status);
+    const code = newCode(undefined);
+    expect((await at.get(`/room/${code}`)).status).toBe(404);
+    expect(await readMetric(at.relay.url, "party_sockets_probes_total")).toEqual({ found: 0, missing: 0, failed: 1 });
+    status = 200;
+    expect((await at.get(`/room/${code}`)).headers.get("x-accel-redirect")).toBe(`/@relay/${at.id}`);
+  });
+  test("a replay says where to, and can be read across origins", async () => {
+    await using at = await pair(() => 200);
+    for (const path of [`/?instance=${at.id}`, `/room/${newCode(undefined)}`]) {
+      const { status, headers } = await at.get(path);
+      expect([status, headers.get("x-accel-redirect")]).toEqual([200, `/@relay/${at.id}`]);
+      expect(headers.get("access-control-allow-origin")).toBe("*");
+    }
+  });
+  test("a draining relay sends on who asks for no room and no machine, and takes who does", async () => {
+    await using at = await pair(() => 404);
+    const room = await (await Client.open(at.relay.url)).create();
+    void at.relay.drain();
+    for (const path of ["/", "/x", "/room/x", "/?instance=nobody"]) expect([path, await at.upgrade(path)]).toEqual([path, 503]);
+    for (const path of [`/${room}`, `/room/${room}`, "/?instance=1", `/${newCode(undefined)}`])
+      await (await Client.open(at.relay.url + path)).close(); // which throws if the upgrade is refused
+    expect((await at.get("/health")).status).toBe(200);
+  });
 });
 
 describe("configuration", () => {
@@ -2053,6 +2307,43 @@ describe("configuration", () => {
       1,
       `Port ${relay.port} is in use: set PORT to another\n`,
     ]);
+  });
+  test("has the defaults that no variable sets", () => {
+    expect(configFromEnv({})).toMatchObject({ knownPerRoom: 1_000, knownInAll: 100_000, metricsMs: 1_000 });
+    const half = Math.floor(process.constrainedMemory() / 2);
+    expect(configFromEnv({}).maxMemoryBytes).toBe(Math.max(96 * 1024 * 1024, half));
+  });
+  test("writes the log as JSON if it is told to", () => {
+    using print = spyOn(console, "log").mockImplementation(() => {});
+    configFromEnv({ LOG_FORMAT: "json" }).log("cap reached", { cap: "rooms" });
+    const [line] = print.mock.calls[0] as [string];
+    expect(JSON.parse(line)).toEqual({ time: expect.any(String), event: "cap reached", cap: "rooms" });
+  });
+  test("takes no time that a timer can't count", () => {
+    for (const name of ["DRAIN_SECONDS", "IDLE_EXIT_SECONDS"]) {
+      expect(fault({ [name]: "2147483" })).toBe("");
+      expect(fault({ [name]: "2147484" })).toMatch(/from 0 to 2147483, not/);
+    }
+  });
+  test("takes 64 peers", () => {
+    const ids = Array.from({ length: 64 }, (_, i) => `p${i}`);
+    expect(configFromEnv({ ...peers, PEERS: ids.join(), INSTANCE_ID: "p0" }).cluster?.isMachine("p63")).toBe(true);
+  });
+  test("takes ids of 64 characters as peers, spaced or not", () => {
+    const id = "a".repeat(64);
+    expect(configFromEnv({ ...peers, PEERS: `${id}, b`, INSTANCE_ID: "b" }).cluster?.isMachine(id)).toBe(true);
+    expect(fault({ ...peers, PEERS: `a,${id}a` })).toMatch(/^PEERS must list ids/);
+  });
+  test("routes by region on Fly.io; what the operator sets comes before Fly.io's", () => {
+    const env = { FLY_APP_NAME: "a", FLY_MACHINE_ID: "m1", FLY_REGION: "fra" };
+    expect(configFromEnv(env)).toMatchObject({ codeRegion: "fra", cluster: { region: "fra" } });
+    const own = { REGION: "eu", DASHBOARD_URL: "https://stats.example/", ADDRESS_HEADER: "X-Real-IP" };
+    expect(configFromEnv({ ...env, ...own })).toMatchObject({
+      region: "eu",
+      codeRegion: "fra",
+      dashboardUrl: "https://stats.example/",
+      addressHeader: "X-Real-IP",
+    });
   });
 });
 

@@ -415,6 +415,31 @@ describe("a flooder", () => {
     expect(await other.soFar()).toEqual([]);
     expect(await timersWhenQuiet(at.clock)).toBe(at.timers);
   });
+  test("has no new burst in another room", async () => {
+    await using at = await scene();
+    const other = await Client.open(at.relay.url);
+    const room = await other.create();
+    const move = [{ type: "leave" }, { type: "join", room, clientId: "flooder" }];
+    at.flooder.send(...numbered(burst - move.length), ...move, { type: "send", data: "too early" });
+    expect(await other.next()).toEqual({ type: "peer_joined", index: 1 });
+    expect(await other.soFar()).toEqual([]);
+    at.clock.advance(100);
+    expect(await other.next()).toMatchObject({ data: "too early" });
+  });
+
+  test("has no new burst as another device that claims its slot", async () => {
+    await using at = await scene();
+    const { token } = await at.peer.ask({ type: "offer_slot", index: 1 });
+    at.flooder.send(...numbered(burst));
+    for (const _ of upTo(burst)) await at.peer.next();
+    at.flooder.reset();
+    expect(await at.peer.next()).toMatchObject({ type: "peer_left" });
+    const device = await RawSocket.open(at.relay.url);
+    device.send({ type: "join", room: at.room, clientId: "device", claim: token }, { type: "send", data: "too early" });
+    expect(await at.peer.soFar()).toEqual([{ type: "peer_joined", index: 1, resumed: true }]);
+    at.clock.advance(100);
+    expect(await at.peer.next()).toMatchObject({ data: "too early" });
+  });
 });
 
 describe("pings and pongs that nobody asked for", () => {
@@ -579,6 +604,18 @@ describe("a relay that is short of memory", () => {
     expect(await (await at.open("5.5.5.5")).create()).toHaveLength(6);
     for (const client of roomless.slice(1)) expect(await client.soFar()).toEqual([]);
   });
+  test("terminates the one with the most unsent bytes first", async () => {
+    await using at = await scene();
+    const [less, more] = [await sits(at.relay.url, at.room, "less"), await sits(at.relay.url, at.room, "more")];
+    await at.host.soFar();
+    for (const raw of [less, more]) raw.pause();
+    const data = "x".repeat(200_000);
+    for (const _ of upTo(60)) at.host.send({ type: "send", data, to: [1, 2] }); // more than the kernel keeps
+    for (const _ of upTo(20)) at.host.send({ type: "send", data, to: 2 });
+    await at.host.soFar();
+    at.exceed(1);
+    expect(await at.host.soFar()).toEqual([{ type: "peer_left", index: 2 }]);
+  });
 });
 
 describe("a dead peer", () => {
@@ -632,6 +669,49 @@ describe("a dead peer", () => {
   });
 });
 
+describe("an exception in a handler", () => {
+  /** A relay whose `ping` fails from `breakPing` on, and what it has logged. */
+  async function scene(maxMessagesPerSecond = 0) {
+    const clock = new TestClock();
+    const logged: object[] = [];
+    const log = (event: string, fields: object) => void logged.push({ event, ...fields });
+    const relay = testRelay({ clock, maxMessagesPerSecond, log });
+    const peer = await Client.open(relay.url);
+    const guest = await sits(relay.url, await peer.create(), "guest");
+    await peer.next();
+    const breakPing = () => {
+      clock.epoch = () => {
+        throw new TypeError("what a client sent");
+      };
+    };
+    return { clock, logged, relay, peer, guest, breakPing, [Symbol.asyncDispose]: () => relay[Symbol.asyncDispose]() };
+  }
+
+  test("ends the socket that caused it with 1011, and the log says where it was, but not its message", async () => {
+    await using at = await scene();
+    at.breakPing();
+    at.guest.send({ type: "ping" });
+    const close = await at.guest.nextFrame();
+    expect([close?.opcode, close?.payload.readUInt16BE(0)]).toEqual([8, 1011]);
+    at.guest.end();
+    expect(await at.peer.next()).toEqual({ type: "peer_left", index: 1 });
+    expect(await vitals(at.relay.url)).toMatchObject({ clients: 1, internalErrors: 1 });
+    expect(at.logged).toEqual([{ event: "exception", name: "TypeError", stack: expect.stringMatching(/^at .* < at /) }]);
+    expect(JSON.stringify(at.logged)).not.toContain("what a client sent");
+  });
+
+  test("ends it, too, if that had closed before its frames were handled", async () => {
+    await using at = await scene(2);
+    at.guest.write(Buffer.concat([...upTo(6).map(() => clientFrame('{"type":"ping"}')), farewell()])); // some wait for a token
+    await at.guest.closed;
+    expect(await vitals(at.relay.url)).toMatchObject({ clients: 2 });
+    at.breakPing();
+    at.clock.advance(1_000);
+    expect(await at.peer.next()).toEqual({ type: "peer_left", index: 1 });
+    expect(await vitals(at.relay.url)).toMatchObject({ clients: 1, internalErrors: 1 });
+  });
+});
+
 describe("HTTP that no browser sends", () => {
   /** Sends a request as it is, and reads the answer, or what there was of it when the relay closed. */
   async function answerTo(url: string, request: string): Promise<string> {
@@ -669,16 +749,6 @@ describe("HTTP that no browser sends", () => {
       expect(answer).toStartWith("HTTP/1.1 302 ");
       expect(answer).toContain("\r\nLocation: /%E4%B8%AD\r\n");
     });
-
-  test("behind nginx, a relay that drains takes upgrades for codes and to itself, and sends all others to the next with 503", async () => {
-    await using relay = testRelay({ ...behindNginx, drainSeconds: 100 });
-    const host = await Client.open(relay.url);
-    const room = await host.create();
-    void relay.drain();
-    for (const path of ["/", "/foo", "/room/hello", "/room/", "/?instance=nobody"])
-      await expect(RawSocket.open(relay.url, path)).rejects.toThrow("refused: HTTP/1.1 503 ");
-    for (const path of [`/${room}`, `/room/${room}`, "/?instance=me"]) (await RawSocket.open(relay.url, path)).end();
-  });
 
   for (const request of requests)
     test(`${JSON.stringify(request.slice(0, 60))} gets an answer that is neither a 500 nor HTML`, async () => {
@@ -737,12 +807,24 @@ describe("HTTP that no browser sends", () => {
     for (const origin of ["https://game.example.evil.example", "http://game.example", "null", "https://game.example:444"])
       expect([origin, await answer(origin)]).toEqual([origin, "403"]);
   });
+  test("a refused origin is told so readably across origins", async () => {
+    await using relay = testRelay({ allowedOrigins: new Set(["https://game.example"]) });
+    const answer = await answerTo(relay.url, handshake("/", { Origin: "https://other.example" }));
+    expect(answer).toStartWith("HTTP/1.1 403 ");
+    expect(answer.toLowerCase()).toContain("\r\naccess-control-allow-origin: *\r\n");
+  });
+
+  test("an upgrade is one in whatever case its header is written", async () => {
+    await using relay = testRelay();
+    for (const Upgrade of ["WebSocket", "WEBSOCKET"])
+      expect(await answerTo(relay.url, handshake("/", { Upgrade }))).toStartWith("HTTP/1.1 101 ");
+  });
 });
 
 describe("stopping", () => {
   const RESTARTING = { code: 1012, reason: "restarting" };
 
-  for (const signal of ["SIGTERM", "SIGINT"] as const)
+  for (const signal of ["SIGTERM", "SIGINT", "SIGHUP"] as const)
     test.concurrent(`${signal} lets rooms go on, ends with 0 when the last one does, and says why to who is there`, async () => {
       await using child = await RelayProcess.start({ DRAIN_SECONDS: "60" });
       const roomless = await Client.open(child.url);

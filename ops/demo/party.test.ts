@@ -320,6 +320,15 @@ describe("events", () => {
     world.connect({});
     expect(world.sockets).toHaveLength(2);
   });
+  test("of questions and answers name who sent them, whatever that one writes", () => {
+    const { world, party } = joinedWorld();
+    const seen: number[] = [];
+    for (const type of ["ask", "answer"] as const) {
+      party.on(type, ({ from }) => seen.push(from));
+      world.socket.say({ type: "message", from: 2, data: { "party-sockets": type, id: "x", from: 0, data: 1 } });
+    }
+    expect(seen).toEqual([2, 2]);
+  });
 });
 
 describe("after a loss", () => {

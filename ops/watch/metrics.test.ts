@@ -1,5 +1,6 @@
 /** The numbers on `/metrics` after traffic that the test knows, and their form as Prometheus reads it. */
 import { describe, expect, test } from "bun:test";
+import { heapStats } from "bun:jsc";
 import { version } from "../../package.json" with { type: "json" };
 import { flyCluster, type Config, type RelayHandle, type Siblings } from "../../server.ts";
 import { Client } from "../shared/client.ts";
@@ -167,6 +168,23 @@ describe("who is there", () => {
     expect(await readMetric(relay.url, "party_sockets_rooms_created_total")).toEqual({ "https://a": 2 });
     expect(await readMetric(relay.url, "party_sockets_rooms_by_origin")).toEqual({ "https://a": 0 });
     expect(await readOne(relay, "party_sockets_origins_tracked")).toBe(1);
+  });
+  test("of addresses that have gone nothing is kept", async () => {
+    await using relay = testRelay({ addressHeader: "X-Forwarded-For" });
+    const sets = () => {
+      Bun.gc(true);
+      return heapStats().objectTypeCounts.Set ?? 0; // an address's record has some
+    };
+    const visit = async (n: number) => {
+      const client = await Client.open(relay.url, { "X-Forwarded-For": `10.0.${n >> 8}.${n & 255}` });
+      if (n % 2 === 0) await client.create();
+      await client.close();
+    };
+    for (let n = 0; n < 20; n++) await visit(n);
+    const before = sets();
+    for (let n = 20; n < 320; n++) await visit(n);
+    await (await Client.open(relay.url)).soFar();
+    expect(sets() - before).toBeLessThan(100);
   });
 });
 
@@ -347,6 +365,15 @@ describe("traffic", () => {
     clock.advance(10_000);
     for (let i = 0; i < burst; i++) await client.ask({ type: "ping" });
     expect(await readOne(relay, "party_sockets_paused_total")).toBe(2);
+  });
+  test("counts newcomers who are turned away because memory is short, so that somebody is alerted", async () => {
+    const clock = new TestClock();
+    let used = 0;
+    await using relay = testRelay({ clock, memory: () => used, maxMemoryBytes: 100 });
+    used = 200;
+    clock.advance(500);
+    expect((await (await Client.open(relay.url)).closed).code).toBe(1013);
+    expect(await readMetric(relay.url, "party_sockets_errors_total")).toMatchObject({ capacity: 1 });
   });
 });
 
