@@ -112,6 +112,8 @@ class Room {
   lingersUntil: number | undefined;
   /** When the host's absence has consequences. */
   graceUntil: number | undefined;
+  /** When the one that runs of these two countdowns began: a number that grows. */
+  countdownBegan = 0;
   constructor(
     readonly code: string,
     readonly origin: string,
@@ -124,6 +126,11 @@ class Room {
     readonly url: string | undefined,
     public maxClients: number,
   ) {}
+
+  /** When its countdown is over. */
+  get due(): number {
+    return this.lingersUntil ?? this.graceUntil ?? Infinity;
+  }
 
   get connected(): Slot[] {
     return this.slots.filter((slot) => slot.twin !== undefined);
@@ -193,6 +200,7 @@ class Model {
   /** Slots that were forgotten for their number: in one room, and in all. */
   readonly forgotten = { inRoom: 0, inAll: 0 };
   #departures = 0;
+  #countdowns = 0;
 
   constructor(
     now: number,
@@ -243,15 +251,15 @@ class Model {
 
   advance(ms: number): void {
     this.now += ms;
-    const due = (time: number | undefined) => time !== undefined && time <= this.now;
-    for (const room of this.rooms.values()) {
+    const due = [...this.rooms.values()].filter((room) => room.due <= this.now);
+    for (const room of due.sort((a, b) => a.due - b.due || a.countdownBegan - b.countdownBegan)) {
       this.#countAbsent();
-      if (due(room.lingersUntil)) this.rooms.delete(room.code);
-      if (!due(room.graceUntil)) continue;
-      if (room.migrate) this.#setHost(room, room.connected[0]!.index);
+      if (room.lingersUntil !== undefined) this.rooms.delete(room.code);
+      else if (room.migrate) this.#setHost(room, room.connected[0]!.index);
       else this.#closeRoom(room, 4001, "room closed");
     }
-    if (due(this.drainEnds)) for (const room of this.rooms.values()) this.#closeRoom(room, 1012, "restarting");
+    if (this.drainEnds !== undefined && this.drainEnds <= this.now)
+      for (const room of this.rooms.values()) this.#closeRoom(room, 1012, "restarting");
     this.#endIfDrained();
   }
 
@@ -374,15 +382,19 @@ class Model {
     this.#tellAll(room, { type: "peer_left", index, reason });
     this.#watchHost(room);
     if (room.connected.length > 0) return;
-    if (room.linger > 0 && reason !== "left") room.lingersUntil = this.now + room.linger * 1000;
-    else this.rooms.delete(room.code);
+    if (room.linger === 0 || reason === "left") return void this.rooms.delete(room.code);
+    room.lingersUntil = this.now + room.linger * 1000;
+    room.countdownBegan = ++this.#countdowns;
   }
 
   /** The grace runs while the host's slot is vacant and others are connected. */
   #watchHost(room: Room): void {
     const missed = room.connected.length > 0 && room.slots[room.host]?.twin === undefined;
-    if (missed && room.hostGrace > 0) room.graceUntil ??= this.now + room.hostGrace * 1000;
-    else room.graceUntil = undefined;
+    if (!missed || room.hostGrace === 0) room.graceUntil = undefined;
+    else if (room.graceUntil === undefined) {
+      room.graceUntil = this.now + room.hostGrace * 1000;
+      room.countdownBegan = ++this.#countdowns;
+    }
   }
 
   #setHost(room: Room, index: number): void {
