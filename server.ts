@@ -472,7 +472,10 @@ const ORIGINS_SHOWN = 100; // series that a scrape can bear
 const ADDRESSES = 10_000; // addresses whose misses are counted
 const MISS_WINDOW_MS = 60_000;
 const SWEEP_MS = 6_000; // a dead phone is noticed before the party does
-const QUIET_MS = 1_000; // silent for longer than this at a sweep: pinged. This and three sweeps are less than 20 s
+const SWEEP_STEP_SOCKETS = 256; // that a step of it looks at, at the least: a ping takes 10 µs
+const SWEEP_STEPS = 40; // in which it is done, at the most
+const SWEEP_STEP_MS = 10; // from one to the next
+const QUIET_MS = 1_000; // silent for longer than this at a sweep: pinged. This, three sweeps and all steps are less than 20 s
 const SEARCHES = 64; // searches among siblings at once
 const SEARCHES_PER_ADDRESS = 8;
 const PROBES_AT_ONCE = 200; // requests to siblings; Bun's fetch runs 256 at once
@@ -1446,6 +1449,14 @@ function connectedIndices({ relay, slots, connected }: Room): number[] {
   return indices;
 }
 
+/** Why a room doesn't take who comes. @param slot the one that is theirs; undefined if the room doesn't know them */
+function joinFault(room: Room, slot: Slot | undefined): Refusal | undefined {
+  if (slot?.barred) return refuse("kicked");
+  if (slot === undefined && room.locked) return refuse("room_locked");
+  if (slot !== undefined && room.connected.has(slot.index)) return undefined;
+  return room.connected.size >= room.maxClients ? refuse("room_full") : undefined;
+}
+
 /** Tells who has sat down what there is to know of the room. */
 function welcome(socket: Socket, { room, index }: Slot, peers: number[], resumed: true | undefined): void {
   const host = room.host || undefined;
@@ -1500,6 +1511,11 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         misses.add(address);
         return refuse("room_not_found");
       }
+      // Who can't come in is told so at once, and pays for it: else strangers could keep the members waiting.
+      if (slot !== undefined || claim === undefined) {
+        const fault = joinFault(room, slot);
+        if (fault !== undefined) return fault;
+      }
       // A join is work of the room that it is for: it waits until that room's turn, and the room pays for it.
       if (!turns.canTakeJoiner(room.flow)) return room.flow;
       turns.payFrom(room.flow);
@@ -1509,15 +1525,14 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
           misses.add(address);
           return refuse("claim_not_found");
         }
+        const fault = joinFault(room, slot);
+        if (fault !== undefined) return fault;
       }
-      if (slot?.barred) return refuse("kicked");
-      if (slot === undefined && room.locked) return refuse("room_locked");
       const old = slot && room.connected.get(slot.index);
       // A socket that has closed meanwhile replaces none that opened after it: that may be the same person, back again.
       if (old !== undefined && socket.data.goodbye !== undefined && old.data.serial > socket.data.serial) return;
       // What a socket sent before it closed properly is heard first, if it only waits for the room's turn, as this join did.
       if (old?.data.goodbye !== undefined && old.data.waitsFor === room.flow) return room.flow;
-      if (old === undefined && room.connected.size >= room.maxClients) return refuse("room_full");
 
       const kind: Join = old !== undefined ? "replaced" : slot !== undefined ? "resumed" : "new";
       const resumed = kind === "resumed" || undefined;
@@ -2453,21 +2468,30 @@ function gone(socket: Socket, code: number): void {
 }
 
 /**
- * Pings who has been quiet, and cuts who answered nothing for two sweeps: a dead phone sends no FIN. Forgets misses whose minute is
- * over, and codes that were nowhere.
+ * Pings who has been quiet, and cuts who answered nothing for two sweeps: a dead phone sends no FIN. That is done in steps, so that
+ * ten thousand pings hold nobody up. Forgets misses whose minute is over, and codes that were nowhere.
  */
 function sweep(relay: Relay): void {
-  const now = relay.config.clock.now();
-  for (const socket of relay.sockets) {
-    const session = socket.data;
-    if (session.queue !== undefined || now - session.heardAt < QUIET_MS) continue;
-    if (session.unanswered === 0) socket.ping();
-    if (session.unanswered === 2) socket.terminate();
-    session.unanswered++;
-  }
+  const { clock } = relay.config;
+  const sockets = [...relay.sockets];
+  const size = Math.max(SWEEP_STEP_SOCKETS, Math.ceil(sockets.length / SWEEP_STEPS));
+  const step = (from: number): void => {
+    const now = clock.now();
+    for (const socket of sockets.slice(from, from + size)) if (relay.sockets.has(socket)) pingOrCut(socket, now);
+    if (from + size < sockets.length) clock.after(SWEEP_STEP_MS, () => step(from + size));
+  };
+  step(0);
   relay.lookUpMisses.sweep();
   relay.socketMisses.sweep();
   relay.searches.sweep();
+}
+
+function pingOrCut(socket: Socket, now: number): void {
+  const session = socket.data;
+  if (session.queue !== undefined || now - session.heardAt < QUIET_MS) return;
+  if (session.unanswered === 0) socket.ping();
+  if (session.unanswered === 2) socket.terminate();
+  session.unanswered++;
 }
 
 function crashed(socket: Socket, error: unknown): void {

@@ -9,6 +9,7 @@ import { readMetric, vitals } from "./shared/metrics.ts";
 import { RelayProcess } from "./shared/processes.ts";
 import { TestClock, testRelay } from "./shared/relay.ts";
 import { clientFrame, handshake, RawSocket } from "./shared/sockets.ts";
+import { until } from "./shared/wait.ts";
 
 /** A raw socket that sits in a room. */
 async function sits(url: string, room: string, clientId: string): Promise<RawSocket> {
@@ -641,6 +642,36 @@ describe("a dead peer", () => {
       await dead.closed;
     }
     expect(await vitals(relay.url)).toMatchObject({ rooms: 1, clients: 1 });
+  });
+
+  test("is cut among hundreds that are, too; they are pinged and cut in parts, so that nobody waits for all of them", async () => {
+    const clock = new TestClock();
+    await using relay = testRelay({ clock });
+    const phones = await Promise.all(upTo(300).map(() => RawSocket.open(relay.url)));
+    const other = await Client.open(relay.url);
+    let [pings, cut] = [0, 0];
+    for (const phone of phones) {
+      phone.skim(({ length }) => (pings += length / 2));
+      void phone.closed.then(() => cut++);
+    }
+    /** Lets `ms` pass, at whose end a sweep begins. */
+    const sweepAfter = async (ms: number) => {
+      clock.advance(ms - 1);
+      await other.soFar(); // who isn't quiet isn't pinged
+      clock.advance(1);
+      await other.soFar();
+    };
+    await sweepAfter(6_000);
+    expect(pings).toBe(256);
+    clock.advance(10);
+    await until("the other pings", () => pings === 300);
+    await sweepAfter(5_990);
+    await sweepAfter(6_000);
+    await until("a part to be cut", () => cut >= 256);
+    expect(cut).toBe(256);
+    clock.advance(10);
+    await until("the others to be cut", () => cut === 300);
+    expect(await other.soFar()).toEqual([]);
   });
 
   test("is not a phone that is idle but answers: it is pinged once in 6 s and stays", async () => {

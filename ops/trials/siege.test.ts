@@ -226,6 +226,24 @@ describe("rooms that share the relay", () => {
     await until("the large messages", () => begun.size === ROOMS);
   });
 
+  test("are heard before the joins of strangers who can't come in", async () => {
+    const [SOCKETS, JOINS, MESSAGES] = [500, 80, 20];
+    await using relay = sharing();
+    const { host, guest, room } = await couple(relay.url);
+    await host.ask({ type: "set_room", locked: true });
+    await guest.next();
+    const strangers = await many(SOCKETS, () => Member.open(relay.url));
+    const answers = () => strangers.reduce((sum, { frames }) => sum + frames.count, 0);
+    const join = clientFrame(JSON.stringify({ type: "join", clientId: "stranger", room }));
+    for (const { raw } of strangers) raw.write(Buffer.concat(Array<Buffer>(JOINS).fill(join)));
+    while (answers() < 10_000) await new Promise((resolve) => setImmediate(resolve));
+    const before = answers();
+    for (let n = 0; n < MESSAGES; n++) host.send({ type: "send", data: n });
+    for (let n = 0; n < MESSAGES; n++) expect(await guest.next()).toMatchObject({ data: n });
+    expect(answers() - before).toBeLessThan((MESSAGES * SOCKETS) / 4); // it would be all, if each of them had its turn like a member
+    await until("all refusals", () => answers() === SOCKETS * JOINS);
+  });
+
   test("leave a request over HTTP its turn before all pings that many sockets had sent before it are read", async () => {
     const [SOCKETS, PINGS] = [30, 20_000];
     await using relay = sharing();
