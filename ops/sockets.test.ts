@@ -104,13 +104,13 @@ class SlowClock extends TestClock {
 test("who asks to join by a frame that takes long to parse pays for that, and not the room", async () => {
   await using relay = testRelay({ clock: new SlowClock(), maxMessagesPerSecond: 0 });
   const host = await RawSocket.open(relay.url);
-  host.send({ type: "create", clientId: "host", maxClients: 1 });
+  host.send({ type: "create", clientId: "host", maxClients: 2 });
   const { room } = await host.next();
   const stranger = await RawSocket.open(relay.url);
   stranger.send({ type: "join", room, clientId: "stranger", pad: "x".repeat(60_000) } as ClientMessage); // 7,500 units of work
   host.send({ type: "send", data: "heard at once", echo: true });
+  expect(await host.next()).toMatchObject({ type: "peer_joined" });
   expect(await host.next()).toMatchObject({ data: "heard at once" });
-  expect(await stranger.next()).toMatchObject({ code: "room_full" });
   expect(await readMetric(relay.url, "party_sockets_paused_total")).toEqual({ "": 0 });
 });
 
@@ -538,7 +538,7 @@ describe("a relay that is short of memory", () => {
     expect(await roomless.soFar()).toEqual([]);
   });
 
-  test("lets what sockets left behind that have closed go before that, and counts all its bytes", async () => {
+  test("cuts frames that closed sockets left waiting before lingering rooms, and counts all their bytes", async () => {
     await using at = await scene();
     const screen = await at.open("2.2.2.2");
     const lingering = await screen.create(2, "x", { linger: 300 });
@@ -644,7 +644,7 @@ describe("a dead peer", () => {
     expect(await vitals(relay.url)).toMatchObject({ rooms: 1, clients: 1 });
   });
 
-  test("is cut among hundreds that are, too; they are pinged and cut in parts, so that nobody waits for all of them", async () => {
+  test("is cut, among hundreds of others; a sweep is done in parts, so that nobody waits for all of it", async () => {
     const clock = new TestClock();
     await using relay = testRelay({ clock });
     const phones = await Promise.all(upTo(300).map(() => RawSocket.open(relay.url)));
@@ -662,6 +662,7 @@ describe("a dead peer", () => {
       await other.soFar();
     };
     await sweepAfter(6_000);
+    await until("the first pings", () => pings >= 256);
     expect(pings).toBe(256);
     clock.advance(10);
     await until("the other pings", () => pings === 300);
@@ -705,7 +706,7 @@ describe("an exception in a handler", () => {
   async function scene(maxMessagesPerSecond = 0) {
     const clock = new TestClock();
     const logged: object[] = [];
-    const log = (event: string, fields: object) => void logged.push({ event, ...fields });
+    const log = (event: string, fields: object) => event !== "few descriptors" && logged.push({ event, ...fields });
     const relay = testRelay({ clock, maxMessagesPerSecond, log });
     const peer = await Client.open(relay.url);
     const guest = await sits(relay.url, await peer.create(), "guest");
