@@ -3,6 +3,7 @@ import { Client } from "./ops/shared/client.ts";
 import { readMetric } from "./ops/shared/metrics.ts";
 import { Random } from "./ops/shared/random.ts";
 import { TestClock, testRelay } from "./ops/shared/relay.ts";
+import { handshake, RawSocket } from "./ops/shared/sockets.ts";
 import { until } from "./ops/shared/wait.ts";
 import { encodeCode, newCode, regionOf, REGIONS } from "./regions.ts";
 import type { ClientMessage, Config, Incoming, Route, Siblings } from "./server.ts";
@@ -2128,9 +2129,9 @@ describe("behind nginx", () => {
       ...{ asked, id, relay, clock },
       get: (path: string) => fetch(relay.url + path, { redirect: "manual" }),
       upgrade: async (path: string) => {
-        const headers = { Upgrade: "websocket", Connection: "Upgrade" };
-        const key = { "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==" };
-        return (await fetch(relay.url + path, { headers: { ...headers, ...key } })).status;
+        const raw = await RawSocket.connect(relay.url);
+        raw.write(handshake(path));
+        return Number((await raw.head()).split(" ")[1]);
       },
       async [Symbol.asyncDispose]() {
         await relay[Symbol.asyncDispose]();

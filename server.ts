@@ -538,7 +538,7 @@ const LOOK_MOST_MS = 500; // between two looks at memory
 const LOOK_LEAST_MS = 5;
 const LOOK_LEAST_BYTES = 8 * MIB; // that are sent before the next look, at the least
 const QUIET_HELD_MS = 100; // a socket that sent no whole message for so long isn't read from while memory is short
-const RELEASE_MS = 1_000; // so long after the last hold each look reads on from as many as there is memory for; later only turns do
+const RELEASE_MS = 1_000; // within this time after the last hold a look reads on from as many as memory has room for; later only turns do
 const LOOK_SOCKETS = 32; // up to so many sockets are few: opened since the last look at memory, in one room, or of one address
 const LOOK_FRAMES = 2048; // memory is looked at whenever so many more of one socket wait
 
@@ -1962,12 +1962,13 @@ class Turns {
 
   /** Reads no more from these sockets. */
   hold(sockets: Iterable<Socket>): void {
-    for (const socket of sockets)
+    for (const socket of sockets) {
       if (socket.data.queue !== undefined) this.#endPeek(socket);
       else {
         this.#pause(socket);
         this.#held.add(socket);
       }
+    }
   }
 
   /** Reads on from so many that are held: one of each flow in rotation. */
@@ -2653,10 +2654,11 @@ class Memory {
       const bytes = data.queue?.reduce((sum, frame) => sum + FRAME_BYTES + frame.length, 0) ?? 0;
       yield { bytes, end: () => data.goodbye?.leave() };
     }
-    for (let room = nearestToEnd(relay); room !== undefined; room = nearestToEnd(relay)) {
-      const ending = room;
+    for (;;) {
+      const room = nearestToEnd(relay);
+      if (room === undefined) break;
       const bytes = ROOM_BYTES + (room.state?.length ?? 0) + SLOT_BYTES * room.known.size;
-      yield { bytes, end: () => dropRoom(ending) };
+      yield { bytes, end: () => dropRoom(room) };
     }
     const unsent = [...relay.sockets].map((socket) => ({ socket, bytes: socket.getBufferedAmount() }));
     for (const { socket, bytes } of unsent.sort((a, b) => b.bytes - a.bytes)) if (bytes > UNSENT_BYTES) yield cut(socket, bytes);
@@ -2770,7 +2772,7 @@ function codeIn(path: string, cluster: Cluster | undefined): string | undefined 
   return lookedUp(path) ?? (cluster?.regionOf(code) === undefined ? undefined : code);
 }
 
-/** A part of a query that is called `instance`, each letter plain or percent-encoded. To parse all parts of a long query would take 3 ms. */
+/** A part of a query that is called `instance`, each letter plain or percent-encoded. To parse a long query whole takes 3 ms. */
 const PIN = /^(?:i|%69)(?:n|%6[eE])(?:s|%73)(?:t|%74)(?:a|%61)(?:n|%6[eE])(?:c|%63)(?:e|%65)(?:=|$)/;
 const partsOf = (query: string): string[] => query.slice(1).split("&");
 

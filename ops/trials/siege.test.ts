@@ -243,7 +243,8 @@ describe("rooms that share the relay", () => {
     const before = answers();
     for (let n = 0; n < MESSAGES; n++) host.send({ type: "send", data: n });
     for (let n = 0; n < MESSAGES; n++) expect(await guest.next()).toMatchObject({ data: n });
-    expect(answers() - before).toBeLessThan((MESSAGES * SOCKETS) / 4); // MESSAGES * SOCKETS, if each stranger had a turn between two messages
+    // It would be MESSAGES * SOCKETS, if each stranger had a turn between two messages.
+    expect(answers() - before).toBeLessThan((MESSAGES * SOCKETS) / 4);
     await until("all refusals", () => answers() === SOCKETS * JOINS);
   });
 
